@@ -7,9 +7,9 @@
 
 Weight decay is decoupled everywhere (Loshchilov & Hutter, 2019): W *= 1 - lr * weight_decay, apart from the gradient.
 
-State is kept simple, so that a checkpoint is too: `optimizer.state[p]` holds only tensors, in the parameter's dtype (keep
-the weights in float32 or float64: a bfloat16 moment loses small gradients), and the step count is the int `group["step"]`.
-A parameter whose gradient is None is passed over and keeps its state.
+State is kept simple, so that a checkpoint is too: `optimizer.state[p]` holds only tensors, in the parameter's dtype
+(keep the weights in float32 or float64: a bfloat16 moment loses small gradients), and the step count is the int
+`group["step"]`. A parameter whose gradient is None is passed over and keeps its state.
 
     python optim.py        # each optimizer on a small ill-conditioned problem
 """
@@ -90,7 +90,7 @@ class Lion(torch.optim.Optimizer):
                 continue
             grads, m = [p.grad for p in params], _state(self, params, "exp_avg")
             (beta1, beta2), lr = group["betas"], group["lr"]
-            update = torch._foreach_lerp(m, grads, 1 - beta1)  # b1 m + (1 - b1) g: more of the new gradient than m keeps
+            update = torch._foreach_lerp(m, grads, 1 - beta1)  # b1 m + (1 - b1) g, sharper than the m that is kept
             torch._foreach_sign_(update)
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, update, alpha=-lr)
@@ -184,8 +184,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Keller Jordan, 2024): every direction of a weight matrix moves at the same speed.
 
     For hidden matrices (r, c), or stacks of them (experts, r, c); a param group with use_muon=False (embeddings, head,
-    norms, biases) gets AdamW with the same lr. The update is scaled by 0.2 sqrt(max(r, c)), which gives it AdamW's usual
-    RMS, so AdamW's lr and weight decay carry over (Moonlight, arXiv:2502.16982, eq. 4). Equal to
+    norms, biases) gets AdamW with the same lr. The update is scaled by 0.2 sqrt(max(r, c)), which gives it AdamW's
+    usual RMS, so AdamW's lr and weight decay carry over (Moonlight, arXiv:2502.16982, eq. 4). Equal to
     torch.optim.Muon(adjust_lr_fn="match_rms_adamw") but for the dtype of Newton-Schulz: `ns_dtype`, by default bfloat16
     on CUDA as there (float64 excepted), the parameter's own elsewhere. ValueError for a vector in a use_muon group.
     """
@@ -198,7 +198,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"] if group["use_muon"] else ():
                 if p.ndim < 2:
-                    raise ValueError(f"Muon orthogonalises matrices, not shape {tuple(p.shape)}: use_muon=False for such")
+                    raise ValueError(f"Muon orthogonalises matrices, not shape {tuple(p.shape)}: set use_muon=False")
 
     @torch.no_grad()
     def step(self) -> None:
