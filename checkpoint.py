@@ -1,16 +1,18 @@
-"""Checkpoints that survive anything: safetensors files and JSON, in folders that any Hugging Face tool can open.
+"""Checkpoints that survive any kill: safetensors and JSON files, in folders that every Hugging Face tool can open.
 
-    out/latest              the name of the newest folder: "step_00000240"
-    out/step_00000240/      config.json, generation_config.json, model.safetensors, tokenizer files    = a Hugging Face folder
-                            optimizer.safetensors ("<parameter>.<key>"), state.json                    + what resuming needs
-                            manifest.json ({"files": {name: {"bytes", "sha256"}}})                     + proof of being whole
+    out/latest              the name of the newest folder: step_00000240
+    out/step_00000240/      config.json, generation_config.json, model.safetensors, tokenizer: a Hugging Face folder
+                            optimizer.safetensors ("<parameter>.<key>"), state.json: what resuming needs besides
+                            manifest.json {"files": {name: {"bytes", "sha256"}}}: the proof that all of it is there
 
-A folder is written under a temporary name, synced to the disk, renamed, and only then does `latest` name it; so whenever the
-process is killed, `latest` names a whole checkpoint. A safetensors file is
+A folder is written under a temporary name, synced to the disk and renamed; only then does `latest` name it. Whenever the
+process is killed, `latest` names a whole checkpoint (the tests kill it at every step). A safetensors file is
 
-    u64 little-endian N | N bytes of JSON {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...} | the numbers
+    u64 little-endian N, N bytes of JSON {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, the numbers
 
-    python checkpoint.py out/pretrain       checks every checkpoint of a run against its manifest
+    save_checkpoint("out/x", 240, model=model, optimizer=optimizer, tokenizer=tokenizer, state={"tokens": 9})
+    state = load_checkpoint(latest("out/x"), model, optimizer)
+    model = load_model("a/hugging-face/folder", dtype=torch.bfloat16)
 """
 
 import contextlib
@@ -23,24 +25,21 @@ import os
 import re
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import cli
 from model import CausalLM, ModelConfig
 
-# In the order of the safetensors package, which stores the last kinds first, so that every tensor stays aligned.
-DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-          "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-          "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64}
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+          "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+          "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64,
+          "I64": torch.int64, "U64": torch.uint64}  # in the order of the safetensors package
 MAX_HEADER = 100_000_000  # bytes; the format's limit
-HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")  # buffers in old files, which config.json implies
+IMPLIED = (".rotary_emb.inv_freq",)  # a buffer in old files; config.json says as much
 
-
-# ------------------------------------------------------------------------------------------------------ files and folders
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
@@ -60,13 +59,11 @@ def atomic_file(path: Path):
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: without it, a power cut may undo a rename. Windows has no such call."""
+    """Bring a folder's list of names to the disk: else a power cut may undo a rename. Windows has no such call."""
     if os.name != "nt":
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def write_json(path: Path, value) -> None:
@@ -75,13 +72,13 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; ValueError naming the file if there is none in it."""
+    """The JSON object in a file; ValueError naming the file if it holds none."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no JSON object {{...}}")
+        raise ValueError(f"{path}: not a JSON object {{...}}")
     return value
 
 
@@ -93,16 +90,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------ safetensors
+# ---------------------------------------------------------------------------------------------------------- safetensors
 
 
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors, one after the other, byte for byte as the safetensors package does. Atomic."""
-    path, kinds = Path(path), {dtype: kind for kind, dtype in DTYPES.items()}
+    """Write named tensors one by one, atomically; the file equals the safetensors package's byte for byte."""
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in kinds:
-            raise ValueError(f"{path}: safetensors has no kind for {name}, which is {tensor.dtype}")
-    order = list(kinds)
+            raise ValueError(f"{path}: safetensors has no {tensor.dtype}, which {name} is")
+    order = list(kinds)  # largest elements first: so every tensor begins at a multiple of its element's size
     names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
@@ -111,98 +108,87 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str]
         header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
+    with atomic_file(Path(path)) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_safetensors_header(path) -> tuple[dict[str, dict], dict[str, str], int]:
-    """What a file holds: ({name: {"dtype", "shape", "data_offsets"}}, metadata, where the numbers begin).
+    """What a file holds: ({name: {"dtype", "shape", "data_offsets"}}, metadata, offset of the numbers in the file).
 
-    Raises ValueError naming the file and what is malformed: whatever passes can be read without leaving the file.
+    Raises ValueError naming the file and the flaw: in what passes, each tensor has its own bytes, and no byte is spare.
     """
-    path = Path(path)
+    def expect(true: bool, otherwise: str) -> None:
+        if not true:
+            raise ValueError(f"{path}: not a valid safetensors file: {otherwise}")
 
-    def refuse(why: str):
-        raise ValueError(f"{path}: not a valid safetensors file: {why}")
-
-    def without_duplicates(pairs: list) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name stands twice")
+    def unique(pairs: list) -> dict:
+        expect(len(dict(pairs)) == len(pairs), f"a name stands twice among {[name for name, _ in pairs][:9]}")
         return dict(pairs)
-
-    def is_sizes(value) -> bool:
-        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         start = 8 + length
-        if size < 8 or length > MAX_HEADER or start > size:
-            refuse(f"a header of {length} bytes does not fit into a file of {size} bytes; truncated?")
-        try:
-            header = json.loads(file.read(length).decode(), object_pairs_hook=without_duplicates)
-        except (ValueError, RecursionError) as error:
-            refuse(f"the header is no JSON: {error}")
-    if not isinstance(header, dict):
-        refuse("the header is no JSON object")
+        expect(length <= MAX_HEADER and start <= size, f"a header of {length} bytes in a file of {size}; truncated?")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        expect(False, f"its header is not JSON: {error}")
+    expect(isinstance(header, dict), "its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        refuse("__metadata__ must map strings to strings")
+    expect(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
+           "__metadata__ must map strings to strings")
     for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            refuse(f"{name!r} must have dtype, shape and data_offsets, and nothing else")
-        shape, offsets = entry["shape"], entry["data_offsets"]
-        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-            refuse(f"{name!r} has the unknown dtype {entry['dtype']!r}")
-        if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
-            refuse(f"{name!r} has shape {shape} and data_offsets {offsets}, which are no sizes")
-        needed = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
-        if offsets[1] - offsets[0] != needed:
-            refuse(f"{name!r} needs {needed} bytes for {entry['dtype']} {shape}, but data_offsets give {offsets[1] - offsets[0]}")
-    end, before = 0, "the header"
+        expect(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
+               f"{name!r} must have dtype, shape and data_offsets")
+        kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        expect(isinstance(kind, str) and kind in DTYPES, f"{name!r} has the unknown dtype {kind!r}")
+        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        expect(lists and all(type(n) is int and n >= 0 for n in shape + offsets),
+               f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        needed, given = math.prod(shape) * DTYPES[kind].itemsize, offsets[1] - offsets[0]
+        expect(needed == given, f"{name!r} is {kind} {shape}, so {needed} bytes, but its data_offsets leave {given}")
+    end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["data_offsets"][0] != end:
-            refuse(f"{name!r} begins at {entry['data_offsets'][0]}, but {before} ends at {end}")
-        end, before = entry["data_offsets"][1], repr(name)
-    if start + end != size:
-        refuse(f"the tensors end at byte {start + end}, the file at {size}; {'truncated' if size < start + end else 'longer'}")
+        begin = entry["data_offsets"][0]
+        expect(begin == end, f"{name!r} begins at {begin}, but what stands before it ends at {end}")
+        end = entry["data_offsets"][1]
+    expect(start + end == size, f"its tensors end at byte {start + end}, the file at {size}")
     return header, metadata, start
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
-    """The named tensors of a file, on the CPU, memory-mapped: read from the disk when used. Writing to one does not change the file.
+    """The named tensors of a file, on the CPU, memory-mapped: read from the disk as they are used.
 
-    The file must stay as it is while they live. ValueError naming the file if it is malformed.
+    Writing to one leaves the file alone; the file must stay as it is while they live. ValueError as in the header.
     """
     header, _, start = read_safetensors_header(path)
     with open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants its tensors writable
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private, since torch wants it to be writable
     tensors = {}
     for name, entry in header.items():
-        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if begin == end:
-            tensors[name] = torch.empty(entry["shape"], dtype=dtype)
+            tensors[name] = torch.empty(shape, dtype=dtype)
             continue
         raw = torch.frombuffer(memory, dtype=torch.uint8, count=end - begin, offset=start + begin)
         if (start + begin) % dtype.itemsize:
-            raw = raw.clone()  # a header that was not padded: a float32 at an odd address is slow, or a crash
-        tensors[name] = raw.view(dtype).view(entry["shape"])
+            raw = raw.clone()  # another writer's header without padding: to lie at odd addresses is slow, or worse
+        tensors[name] = raw.view(dtype).view(shape)
     return tensors
 
 
-# ---------------------------------------------------------------------------------------------------- Hugging Face folders
+# ------------------------------------------------------------------------------------------------- Hugging Face folders
 
 
 def save_model(folder, model: CausalLM, tokenizer=None) -> None:
-    """Write config.json, generation_config.json, model.safetensors (tied weights once) and the tokenizer into a folder."""
-    folder = Path(folder)
+    """Write config.json, generation_config.json, model.safetensors (tied weights once) and the tokenizer's files."""
+    folder, ids = Path(folder), ("bos_token_id", "eos_token_id", "pad_token_id")
     config = model.config.to_hf() | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    for name in ids:
-        if config[name] is None:
-            config[name] = getattr(tokenizer, name, None)
+    config |= {name: getattr(tokenizer, name, None) for name in ids if config[name] is None}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {name: config[name] for name in ids if config[name] is not None})
     write_safetensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
@@ -211,40 +197,32 @@ def save_model(folder, model: CausalLM, tokenizer=None) -> None:
 
 
 def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa") -> CausalLM:
-    """The model of a Hugging Face folder (one file or sharded) of the families in model.FAMILIES, in eval mode.
+    """The model of a Hugging Face folder, single or sharded, of a family in model.FAMILIES; in eval mode.
 
-    `dtype` converts; None keeps what the file has. Holds one model and one tensor in memory. Raises ValueError for a folder
-    that is not one, a config.json that this code cannot honour, and tensors that are missing, unknown or of another shape.
+    dtype: to convert to; None keeps the file's. Takes the memory of one model and one tensor. ValueError for what is no
+    such folder, a config.json that model.py cannot honour, and tensors missing, unknown or of another shape.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
-    if (folder / "manifest.json").is_file() and (why := damage(folder, contents=False)):
-        raise ValueError(why)
-    raw = read_json(folder / "config.json")
-    if raw.get("quantization_config"):
-        raise ValueError(f"{folder / 'config.json'}: quantized weights are not supported; take the unquantized model")
+        raise ValueError(f"{folder}: not a Hugging Face model folder: no config.json")
+    if (folder / "manifest.json").is_file():
+        verify(folder, contents=False)
     try:
-        config = dataclasses.replace(ModelConfig.from_hf(raw), attention=attention)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    with torch.device("meta"):
+        config = dataclasses.replace(ModelConfig.from_hf(read_json(folder / "config.json")), attention=attention)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: no model can be built from its config.json: {error}") from None
+    with torch.device("meta"):  # shapes only: the weights come from the file
         model = CausalLM(config)
-    parameters, tensors, unknown = dict(model.named_parameters()), {}, []
+    tensors = {}
     for file in _weight_files(folder):
-        for name, tensor in read_safetensors(file).items():
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                tensors[name] = tensor  # some files store the tied table twice; compared below
-            elif name in parameters:
-                _check_tensor(file, name, tensor, parameters[name].shape, None)
-                tensors[name] = tensor.to(device, dtype or tensor.dtype, copy=True)
-            elif not HARMLESS.search(name):
-                unknown.append(name)
-    head, table = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None, "model.embed_tokens.weight"
-    _check_names(folder, parameters, tensors, unknown)
-    if head is not None and not torch.equal(head.to(device, tensors[table].dtype), tensors[table]):
+        tensors |= {name: tensor for name, tensor in read_safetensors(file).items() if not name.endswith(IMPLIED)}
+    head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    parameters, table = dict(model.named_parameters()), "model.embed_tokens.weight"
+    _check(folder, tensors, parameters)
+    if head is not None and not torch.equal(head, tensors[table]):
         raise ValueError(f"{folder}: config.json ties lm_head.weight to {table}, but the two differ")
-    model.load_state_dict(tensors, strict=False, assign=True)  # strict about all but a tied head, above
+    weights = {name: tensors[name].to(device, dtype or tensors[name].dtype, copy=True) for name in parameters}
+    model.load_state_dict(weights, strict=False, assign=True)  # not strict about a tied head only; _check was
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
@@ -252,42 +230,40 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if not index.is_file():
-        raise ValueError(f"{folder}: no model.safetensors in it (pytorch_model.bin is pickle, which is never read)")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names")
-    files = [folder / file for file in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; {index.name} names it")
-    return files
+    if not index.is_file() or (folder / "model.safetensors").is_file():
+        names = {"model.safetensors"}
+    else:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: weight_map must map tensors to files")
+        names = set(weight_map.values())
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing (and no pytorch_model.bin is read: it is pickle)")
+    return [folder / name for name in sorted(names)]
 
 
-def _check_names(where, wanted, found, unknown=()) -> None:
-    for names, what in ((sorted(set(wanted) - set(found)), "are missing"), (sorted(unknown), "are not part of this model")):
+def _check(where: Path, tensors: dict[str, Tensor], parameters: dict[str, Tensor], dtypes: bool = False) -> None:
+    """ValueError unless `tensors` are the model's parameters by name, shape and, if asked for, dtype."""
+    missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    for names, what in ((missing, "missing"), (unknown, "unknown")):
         if names:
-            raise ValueError(f"{where}: {len(names)} tensors {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
+            raise ValueError(f"{where}: {what}: {', '.join(names[:4])}" + f" and {len(names) - 4} more" * (len(names) > 4))
+    for name, p in parameters.items():
+        t = tensors[name]
+        if t.shape != p.shape or (t.dtype != p.dtype if dtypes else not t.is_floating_point()):
+            raise ValueError(f"{where}: {name} is {t.dtype} {tuple(t.shape)}; the model's is {p.dtype} {tuple(p.shape)}")
 
 
-def _check_tensor(where, name: str, tensor: Tensor, shape, dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != (dtype or tensor.dtype) or not tensor.is_floating_point():
-        ours = f"{dtype or 'a float dtype'} {tuple(shape)}".removeprefix("torch.")
-        theirs = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
-        raise ValueError(f"{where}: {name} is {theirs} in the file, but {ours} in the model")
-
-
-# -------------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(out, step: int, *, model, optimizer, tokenizer, state: dict, keep_last: int = 0, keep=()) -> Path:
-    """Write out/step_XXXXXXXX, let `latest` name it, and remove what is no longer wanted. Returns the folder.
+    """Write out/step_XXXXXXXX, let `latest` name it, remove what is no longer wanted; returns the folder.
 
-    state: JSON values, given back by load_checkpoint. keep_last: how many folders stay (0 = all), besides those named in
-    `keep`. Folders of later steps belong to a branch that was abandoned (by resuming from an earlier one), and go.
-    Raises OSError, with the previous checkpoint intact, if the disk is full. Give the bare model, not torch.compile's wrapper.
+    state: JSON values, for load_checkpoint to return. keep_last: how many folders stay (0: all), besides those of the
+    steps in `keep`. Folders of later steps go: a run resumed from an earlier one abandons them. model: the bare one,
+    not torch.compile's wrapper. Raises OSError, the previous checkpoint being intact, when the disk is full.
     """
     out, name = Path(out), f"step_{step:08d}"
     temporary = out / f".tmp-{name}-{os.getpid()}"
@@ -299,199 +275,161 @@ def save_checkpoint(out, step: int, *, model, optimizer, tokenizer, state: dict,
         save_model(temporary, model, tokenizer)
         write_safetensors(temporary / "optimizer.safetensors", tensors)
         write_json(temporary / "state.json", state | {"step": step, "optimizer": description})
-        _write_manifest(temporary)
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
+        write_json(temporary / "manifest.json", {"files": files})
         _put_in_place(temporary, out / name)
     except OSError as error:
-        intact = f"; the previous checkpoint {out / _pointed(out)} is intact" if _pointed(out) else ""
+        intact = f"; the previous checkpoint {latest(out)} is intact" if latest(out) else ""
         raise OSError(f"cannot write checkpoint {out / name}: {error.strerror or error}{intact}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    kept = {Path(other).name for other in keep} | {name}
-    steps = step_folders(out)
-    expired = {n for n in steps if n <= step} - set([n for n in steps if n <= step][-keep_last:])  # [-0:] is all
-    for n, folder in steps.items():
-        if folder.name not in kept and (n > step or n in expired):
-            _discard(folder)
+    folders = step_folders(out)
+    wanted = {*keep, *[n for n in folders if n <= step][-keep_last:]}  # [-0:] is all of them
+    for n in folders.keys() - wanted - {step}:
+        _discard(folders[n])
     _sweep(out)
     return out / name
 
 
 def load_checkpoint(folder, model, optimizer=None) -> dict:
-    """Set model and optimizer, in place, bit for bit, to what save_checkpoint was given; returns its state plus "step".
+    """Set model and optimizer in place, bit for bit, to what was saved; returns save_checkpoint's `state` and "step".
 
-    Everything is checked before anything changes: ValueError naming the file that was truncated, edited or lost, with the
-    newest intact earlier checkpoint; or the tensor that does not fit. The optimizer's counters and tensors are restored, its
-    settings (lr, betas ...) stay as built: a flag changed on resuming must count.
+    All is checked before anything changes. ValueError names the file that was truncated, edited or lost, and the newest
+    intact checkpoint before it; or the tensor that does not fit. The optimizer's tensors and counters are restored; its
+    settings (lr, betas ...) stay as they were built, so that a flag changed on resuming counts.
     """
     folder = Path(folder)
     verify(folder)
     parameters, saved = dict(model.named_parameters()), read_safetensors(folder / "model.safetensors")
-    _check_names(folder / "model.safetensors", parameters, saved, set(saved) - set(parameters))
-    for name, parameter in parameters.items():
-        _check_tensor(folder / "model.safetensors", name, saved[name], parameter.shape, parameter.dtype)
+    _check(folder / "model.safetensors", saved, parameters, dtypes=True)
     state = read_json(folder / "state.json")
-    description = state.pop("optimizer")
+    theirs = state.pop("optimizer")
     if optimizer is not None:
         _, ours = _describe(model, optimizer)
-        if ours["name"] != description["name"]:
-            raise ValueError(f"{folder}: was trained with {description['name']}; {ours['name']} cannot continue from its state")
-        if [group["params"] for group in ours["groups"]] != [group["params"] for group in description["groups"]]:
-            raise ValueError(f"{folder}: the optimizer's parameter groups are not those of the checkpoint")
+        if (ours["name"], ours["params"]) != (theirs["name"], theirs["params"]):
+            raise ValueError(f"{folder}: {ours['name']} cannot go on with the state of {theirs['name']}, or of other groups")
         optimizer.state.clear()
         for key, tensor in read_safetensors(folder / "optimizer.safetensors").items():
             name, _, key = key.rpartition(".")
             optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
-        for group, record in zip(optimizer.param_groups, description["groups"]):
-            group.update({key: value for key, value in record.items() if key != "params"})
+        for group, counters in zip(optimizer.param_groups, theirs["counters"]):
+            group.update(counters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     return state
 
 
-def _describe(model: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's tensors by name, and its kind, groups and counters as JSON."""
+def read_state(folder) -> dict:
+    """The state alone that load_checkpoint would return, at once: only the sizes of the files are checked."""
+    verify(folder, contents=False)
+    return {key: value for key, value in read_json(Path(folder) / "state.json").items() if key != "optimizer"}
+
+
+def _describe(model, optimizer) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's tensors by name; and for JSON its kind, its groups' parameters and their counters (the integers)."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"{names[p]}.{key}": tensor for p, values in optimizer.state.items() for key, tensor in values.items()}
-    groups = [{"params": [names[p] for p in group["params"]], **{k: v for k, v in group.items() if type(v) is int}}
-              for group in optimizer.param_groups]
-    return tensors, {"name": type(optimizer).__name__, "groups": groups}
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        with open(path, "r+b") as file:
-            os.fsync(file.fileno())  # the tokenizer writes its own files
-    write_json(folder / "manifest.json", {"files": files})
+    params = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    counters = [{key: value for key, value in group.items() if type(value) is int} for group in optimizer.param_groups]
+    return tensors, {"name": type(optimizer).__name__, "counters": counters, "params": params}
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename a whole, synced folder and let `latest` name it. At no moment does `latest` name a folder that is not there."""
+    """Rename a whole, synced folder, then let `latest` name it. At no moment does `latest` name what is not there."""
     out = final.parent
     if final.exists():
-        if _pointed(out) == final.name:  # saved once more: meanwhile, `latest` names a copy of the old one
-            spare = out / f"{final.name}.old"
-            shutil.copytree(final, spare, copy_function=_link)
-            _point(out, spare.name)
+        if latest(out) == final:  # the step is saved once more: meanwhile `latest` names a copy of the old one
+            copy = out / f"{final.name}.old"
+            shutil.copytree(final, copy, copy_function=_link)
+            _point(out, copy)
         _discard(final)
     os.replace(temporary, final)
-    sync_folder(out)
-    _point(out, final.name)
+    _point(out, final)
+
+
+def _point(out: Path, folder: Path) -> None:
+    sync_folder(out)  # the folder's own name must not reach the disk after this one
+    with atomic_file(out / "latest") as file:
+        file.write(folder.name.encode())
 
 
 def _link(source, target) -> None:
     try:
-        os.link(source, target)  # a second name for the same bytes: at once, and free
+        os.link(source, target)  # a second name for the same bytes: costs nothing
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copy2(source, target)  # a file system without hard links
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder so that it is either whole or gone under its name."""
+    """Remove a folder; under its own name it is whole or gone, never half there."""
     trash = folder.with_name(f".tmp-{folder.name}-old")
     os.replace(folder, trash)
-    shutil.rmtree(trash, ignore_errors=True)  # what is left, the next save sweeps
+    shutil.rmtree(trash, ignore_errors=True)  # what resists is swept at the next save
 
 
 def _sweep(out: Path) -> None:
-    """Remove what killed runs left behind."""
-    for folder in [*out.glob(".tmp-step_*"), *out.glob("step_*.old")]:
-        if folder.name != _pointed(out):
+    """Remove what killed runs left."""
+    for folder in (*out.glob(".tmp-step_*"), *out.glob("step_*.old")):
+        if folder != latest(out):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------- finding and checking
-
-
-def _pointed(out: Path) -> str | None:
-    """The name in the file `latest`."""
-    try:
-        return (out / "latest").read_text(encoding="utf-8", errors="replace").strip() or None
-    except FileNotFoundError:
-        return None
-
-
-def _point(out: Path, name: str) -> None:
-    with atomic_file(out / "latest") as file:
-        file.write(name.encode())
+# ------------------------------------------------------------------------------------------------- finding and checking
 
 
 def step_folders(out) -> dict[int, Path]:
-    """The checkpoints of a run by step, in order."""
-    found = {int(path.name[5:]): path for path in Path(out).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)}
-    return dict(sorted(found.items()))
+    """A run's checkpoints by step, in order."""
+    return {int(path.name[5:]): path for path in sorted(Path(out).glob("step_*")) if path.name[5:].isdecimal()}
 
 
-def damage(folder, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in one line; None if it is whole. `contents=False` compares only the sizes of its files."""
-    folder = Path(folder)
+def damage(folder: Path, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in one line, or None. `contents=False` compares only the sizes of its files."""
     try:
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in read_json(folder / "manifest.json")["files"].items()}
+        files = read_json(folder / "manifest.json")["files"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
-        return f"{folder}: no manifest.json in it, so it is not a checkpoint of a run, or not all of it"
+        return f"{folder} is not a whole checkpoint: no manifest.json in it"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{folder / 'manifest.json'} is damaged: it is no list of files"
+        return f"{folder / 'manifest.json'} is damaged"
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != size:
-            found = path.stat().st_size
+        if (found := path.stat().st_size) != size:
             return f"{path} is {'truncated' if found < size else 'damaged'}: {found} bytes instead of {size}"
         if contents and sha256(path) != digest:
-            return f"{path} is damaged: its contents changed after it was written"
+            return f"{path} is damaged: it changed since it was written"
     return None
 
 
-def verify(folder) -> None:
-    """Compare a checkpoint with its manifest; ValueError names the damaged file, and the newest intact earlier checkpoint."""
-    why = damage(folder)
-    if why:
-        raise ValueError(f"{why}; {_offer(Path(folder))}")
-
-
-def _offer(folder: Path) -> str:
-    step = re.match(r"step_(\d+)", folder.name)
-    for n, older in reversed(step_folders(folder.parent).items()):
-        if (step is None or n < int(step[1])) and damage(older) is None:
-            return f"resume with --resume {older}"
-    return "no earlier checkpoint beside it is intact"
+def verify(folder, contents: bool = True) -> None:
+    """ValueError if a checkpoint is not as it was written: which file, and the newest intact checkpoint before it."""
+    folder = Path(folder)
+    if why := damage(folder, contents):
+        step = re.match(r"step_(\d+)", folder.name)
+        older = [path for n, path in step_folders(folder.parent).items() if step and n < int(step[1])]
+        intact = next((path for path in reversed(older) if damage(path) is None), None)
+        offer = f"resume with --resume {intact}" if intact else "no earlier checkpoint is intact"
+        raise ValueError(f"{why}; {offer}")
 
 
 def latest(out) -> Path | None:
-    """The newest checkpoint of a run's folder, None if it has none. ValueError if that folder is gone."""
-    name = _pointed(Path(out))
-    if name is None:
+    """The checkpoint that a run's file `latest` names, None without such a file. `verify` tells whether it is whole."""
+    try:
+        return Path(out) / (Path(out) / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
         return None
-    folder = Path(out) / name
-    if not folder.is_dir():
-        raise ValueError(f"{Path(out) / 'latest'} names {name!r}, which is missing; {_offer(folder)}")
-    return folder
 
 
 def find_checkpoint(path) -> Path:
-    """A run's folder -> its newest checkpoint; a checkpoint or Hugging Face folder -> itself. Else ValueError."""
+    """A run's folder -> its newest checkpoint; a checkpoint or Hugging Face folder -> itself; else ValueError."""
     path = Path(path)
+    if not (path / "config.json").is_file() and (newest := latest(path)):
+        verify(newest, contents=False)
+        return newest
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
-    if (path / "config.json").is_file():
-        return path
-    if folder := latest(path):
-        return folder
-    if (path / "manifest.json").is_file():
-        verify(path)
-    raise ValueError(f"{path}: neither a run with checkpoints nor a model folder (no `latest` and no config.json in it)")
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        raise ValueError("usage: python checkpoint.py FOLDER")
-    folder = Path(sys.argv[1])
-    for checkpoint in step_folders(folder).values() or [find_checkpoint(folder)]:
-        print(damage(checkpoint) or f"{checkpoint} is intact")
-
-
-if __name__ == "__main__":
-    cli.run(main)
+        raise ValueError(f"{path}: no such folder")
+    if not any((path / name).is_file() for name in ("config.json", "manifest.json")):
+        raise ValueError(f"{path}: neither a run with checkpoints nor a model: no `latest` and no config.json in it")
+    return path
