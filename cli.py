@@ -10,8 +10,8 @@
     if __name__ == "__main__":
         run(main)                        # bad input: one line on stderr, exit code 2
 
-A field's type says how its flag is read: int, float, str, bool, `T | None`, `list[T]` and `Literal[...]`.
-Bad values raise ValueError with one clear line, here and everywhere in the project; `run` is what prints it.
+A field's type says how its flag is read: int, float, str, bool, `T | None`, `list[T]` and `Literal[...]`. A value that
+begins with a hyphen is joined to its flag by `=`. Bad values raise ValueError with one clear line; `run` prints it.
 """
 
 import argparse
@@ -37,17 +37,15 @@ def parse(cls, description: str | None = None, argv: list[str] | None = None):
     help_of = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
     types = typing.get_type_hints(cls)
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser._negative_number_matcher = re.compile("-[^-]")  # one hyphen begins a value: -1e-3, or a text
     for field in dataclasses.fields(cls):
-        options = _options(types[field.name])
-        if field.default is not dataclasses.MISSING:
-            options["default"] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            options["default"] = field.default_factory()
-        else:
-            options["required"] = True
-        shown = f"default: {options['default']}" if "default" in options else "required"
-        text = f"{help_of.get(field.name, '')} ({shown})".strip().replace("%", "%%")
-        parser.add_argument(f"--{field.name}", help=text, **options)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        required = default is dataclasses.MISSING
+        text = f"{help_of.get(field.name, '')} ({'required' if required else f'default: {default}'})".strip()
+        options = _options(types[field.name]) | {"required": required, "help": text.replace("%", "%%")}
+        parser.add_argument(f"--{field.name}", **options)
+        if not required:  # told last, because the action of a bool repeats a default that it knows in its help
+            parser.set_defaults(**{field.name: default})
     return cls(**vars(_parse_known(parser, sys.argv[1:] if argv is None else argv)))
 
 
@@ -73,30 +71,29 @@ def _parse_known(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.N
         name, equals, value = word.partition("=")
         flag = known.get(name.replace("-", "_")) if name.startswith("--") else name
         if flag is None:
-            near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), [k[2:] for k in known], n=1)
-            raise ValueError(f"unknown flag {name}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the flags"))
+            near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+            raise ValueError(f"unknown flag {name}; " + (f"did you mean --{near[0][2:]}?" if near else "see --help"))
         words.append(flag + equals + value)
     args, rest = parser.parse_known_args(words)
     if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}; --help lists the flags")
+        raise ValueError(f"unexpected argument {rest[0]!r}; see --help")
     return args
 
 
 def run(main) -> None:
-    """Call `main`; bad input (ValueError, OSError) becomes one line on stderr and exit code 2.
+    """Call `main`; bad input (ValueError, OSError) and Ctrl-C become one line on stderr and exit code 2.
 
     Set GLASSBOX_TRACEBACK=1 to see where it was raised. Other exceptions are bugs and keep their traceback.
     """
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()  # a reader that went away is noticed here, not after the exit code is decided
+        sys.exit(code)
     except BrokenPipeError:  # the reader of our output went away (`| head`): no fault of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except KeyboardInterrupt:
-        message = "interrupted"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         if os.environ.get("GLASSBOX_TRACEBACK"):
             raise
-        message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        print("error:", " ".join(str(error).split()) or "interrupted", file=sys.stderr)  # Ctrl-C alone has no message
+        sys.exit(2)
