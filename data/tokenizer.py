@@ -18,9 +18,9 @@ well, but need not be in files made by others: the two are kept apart.
 Special tokens ("<|endoftext|>") have ids, but never come out of plain text: a user who types one gets its letters,
 unless the caller names it in `allowed_special`.
 
-Two Unicode traps. tiktoken's regex engine and Python's `regex` carry Unicode tables of different years, so they may
-class a code point that one of them does not know yet differently: train and encode_reference split by `regex`, encode by
-tiktoken, and they agree on the code points that both know. And half a surrogate pair ("\ud800") is no text: ValueError.
+Two Unicode traps: `train` and `encode_reference` split by Python's `regex`, `encode` by tiktoken's engine, and their
+Unicode tables are of different years: they agree on the code points that both know. And half a surrogate pair
+("\ud800") is no text: ValueError.
 """
 
 import base64
@@ -133,7 +133,7 @@ def _descending(token: bytes) -> str:
 
 
 def merge_bytes(piece: bytes, ranks: dict[bytes, int], below: float = float("inf")) -> list[bytes]:
-    """Encode one pre-token: merge the lowest-ranked neighbours, leftmost first, while their rank is less than `below`."""
+    """Encode one pre-token: merge the lowest-ranked neighbours, leftmost first, while their rank is under `below`."""
     parts = [bytes([b]) for b in piece]
     while len(parts) > 1:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
@@ -147,7 +147,10 @@ def merge_bytes(piece: bytes, ranks: dict[bytes, int], below: float = float("inf
 # The tokenizers
 
 class Tokenizer:
-    """What all tokenizers share. A subclass gives `_encode_plain(text)`, `decode_bytes(ids)` and `save(directory)`."""
+    """What all tokenizers share. A subclass adds three methods: `_encode_plain(text)` encodes without special tokens;
+    `decode_bytes(ids)` gives UTF-8 bytes (one token may hold part of a character; ValueError: an unknown id);
+    `save(directory)` writes the files that `load_tokenizer(directory)` reads, each atomically.
+    """
 
     def __init__(self, vocab_size: int, special_tokens: dict[str, int], bos: int | None, eos: int | None,
                  pad: int | None, added_tokens: dict[str, int] | None = None):
@@ -165,14 +168,12 @@ class Tokenizer:
         _utf8(text)
         whole = dict(self.added_tokens)
         for name in self.special_tokens if allowed_special == "all" else allowed_special:
-            if name not in self.special_tokens and name not in self.added_tokens:
+            if name not in self.special_tokens:
                 raise ValueError(f"allowed_special: {name!r} is no special token of this tokenizer")
-            whole[name] = self.special_tokens.get(name, whole.get(name))
-        if not whole:
-            return self._encode_plain(text)
+            whole[name] = self.special_tokens[name]
         ids: list[int] = []
         for part in _cut_out(text, whole):
-            ids.extend([whole[part]] if part in whole else self._encode_plain(part))
+            ids += [whole[part]] if part in whole else self._encode_plain(part)
         return ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
@@ -183,36 +184,31 @@ class Tokenizer:
         """The text of `ids`; bytes that are no UTF-8 (half a character) become U+FFFD. ValueError: an unknown id."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def _encode_plain(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of `ids`; one token may hold part of a character. ValueError: an unknown id."""
-        raise NotImplementedError
-
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write the files that `load_tokenizer(directory)` reads, each atomically."""
-        raise NotImplementedError
-
     def _lookup(self, table: dict, ids: Iterable[int]) -> list:
-        ids = list(ids)
         try:
             return [table[i] for i in ids]
         except KeyError as error:
             raise ValueError(f"token id {error.args[0]} is not in the vocabulary (size {self.vocab_size})") from None
 
-    def _config(self) -> dict:
-        """tokenizer_config.json for transformers' AutoTokenizer."""
-        name = {i: token for token, i in (self.added_tokens | self.special_tokens).items()}
-        return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "bos_token": name.get(self.bos_token_id), "eos_token": name.get(self.eos_token_id),
-                "pad_token": name.get(self.pad_token_id)}
-
-    def _added_json(self) -> list[dict]:
-        added = [(i, name, False) for name, i in self.added_tokens.items()]
-        added += [(i, name, True) for name, i in self.special_tokens.items()]
-        return [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                 "special": special} for i, name, special in sorted(added)]
+    def _save_json(self, directory, vocab: dict[str, int], merges: list[str], decoder: dict, pre_tokenizer=None,
+                   normalizer=None, ignore_merges=False) -> None:
+        """Hugging Face's tokenizer.json, and tokenizer_config.json for transformers' AutoTokenizer."""
+        added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                  "normalized": False, "special": name in self.special_tokens}
+                 for name, i in (self.special_tokens | self.added_tokens).items()]
+        # Added tokens stand in the vocabulary too: else Hugging Face numbers them anew, from its end.
+        vocab = vocab | {token["content"]: token["id"] for token in added}
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges,
+                 "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])), "merges": merges}
+        _write_json(Path(directory) / "tokenizer.json", {
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": sorted(added, key=lambda token: token["id"]), "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model})
+        ends = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
+        _write_json(Path(directory) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            **{name: None if i is None else self.decode([i]) for name, i in ends.items()}})
 
 
 class BPETokenizer(Tokenizer):
@@ -232,6 +228,8 @@ class BPETokenizer(Tokenizer):
                  unreachable: dict[str, int] | None = None, nfc: bool = False):
         self.vocab, self.pattern, self.nfc, self.unreachable = vocab, pattern, nfc, unreachable or {}
         names = special_tokens | (added_tokens or {})
+        if clash := [name for name in names if _from_printable(name) in vocab]:
+            raise ValueError(f"special token {clash[0]!r} is spelled like an ordinary token")
         self._bytes = {i: token for token, i in vocab.items()}
         self._bytes |= {i: _from_printable(token) for token, i in self.unreachable.items()}
         self._bytes |= {i: name.encode() for name, i in names.items()}
@@ -271,13 +269,11 @@ class BPETokenizer(Tokenizer):
         if num_merges < 0:
             raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
                              f"tokens need at least {256 + len(special_tokens)}")
-        find_pieces = cls({bytes([b]): b for b in range(256)}, {}, pattern=pattern).split
+        split = cls({bytes([b]): b for b in range(256)}, {}, pattern=pattern).split
         pieces: Counter[str] = Counter()
-        for text in texts:
-            for part in _cut_out(text, special_tokens):
-                if part not in special_tokens:
-                    pieces.update(find_pieces(part))
-        merges = train_bpe({_utf8(piece): count for piece, count in pieces.items()}, num_merges)
+        for part in _training_text(texts, special_tokens):
+            pieces.update(split(part))
+        merges = train_bpe({piece.encode(): count for piece, count in pieces.items()}, num_merges)
         tokens = [bytes([b]) for b in range(256)] + [left + right for left, right in merges]
         special = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
         end = len(tokens) if special else None
@@ -288,20 +284,20 @@ class BPETokenizer(Tokenizer):
         return [match.group() for match in self._pattern.finditer(text)]
 
     def encode_reference(self, text: str) -> list[int]:
-        """The same ids as `encode(text)`, in plain Python: split, then merge. A piece that is a token needs no merging."""
+        """The same ids as `encode(text)`, in plain Python: split, then merge, unless a piece is a token as it is."""
         ids: list[int] = []
         for part in _cut_out(text, self.added_tokens):
             if part in self.added_tokens:
                 ids.append(self.added_tokens[part])
                 continue
             for piece in map(_utf8, self.split(self._prepare(part))):
-                ids.extend(self.vocab[token] for token in ([piece] if piece in self.ranks else
-                                                           merge_bytes(piece, self.ranks)))
+                tokens = [piece] if piece in self.ranks else merge_bytes(piece, self.ranks)
+                ids += [self.vocab[token] for token in tokens]
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
         text = self._prepare(text)
-        if len(text) > 900_000 and regex.search(r"\s{900000}", text):  # tiktoken overflows its stack at a million blanks
+        if len(text) > 900_000 and regex.search(r"\s{900000}", text):  # a million blanks overflow tiktoken's stack
             ranks = [rank for piece in self.split(text) for rank in self._tiktoken._encode_single_piece(piece)]
         else:
             ranks = self._tiktoken.encode_ordinary(text)
@@ -329,19 +325,12 @@ class BPETokenizer(Tokenizer):
             if len(parts) == 2:
                 merges.append(" ".join(map(_to_printable, parts)))
             else:
-                whole = True  # no pair makes it: it is only found as a whole pre-token
-        vocab = {_to_printable(token): i for token, i in self.vocab.items()} | self.unreachable
+                whole = True  # no pair makes it: only a pre-token that is this token gives it
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        _write_json(Path(directory) / "tokenizer.json", {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": self._added_json(),
-            "normalizer": {"type": "NFC"} if self.nfc else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": None, "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole,
-                      "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])), "merges": merges}})
-        _write_json(Path(directory) / "tokenizer_config.json", self._config())
+        self._save_json(directory, {_to_printable(token): i for token, i in self.vocab.items()} | self.unreachable,
+                        merges, decoder=byte_level, normalizer={"type": "NFC"} if self.nfc else None,
+                        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]}, ignore_merges=whole)
 
 
 class CharTokenizer(Tokenizer):
@@ -360,14 +349,9 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], special_tokens: Iterable[str] = ("<|endoftext|>",)) -> "CharTokenizer":
-        """Collect the characters of `texts` (special tokens cut out). The first special token is EOS, BOS and padding."""
+        """Collect the characters of `texts`, special tokens cut out; the first of these is EOS, BOS and padding."""
         special_tokens = list(dict.fromkeys(special_tokens))
-        characters: set[str] = set()
-        for text in texts:
-            _utf8(text)
-            for part in _cut_out(text, special_tokens):
-                if part not in special_tokens:
-                    characters.update(part)
+        characters = set().union(*_training_text(texts, special_tokens))
         end = len(characters) if special_tokens else None
         return cls({character: i for i, character in enumerate(sorted(characters))},
                    {name: len(characters) + i for i, name in enumerate(special_tokens)}, bos=end, eos=end, pad=end)
@@ -383,14 +367,8 @@ class CharTokenizer(Tokenizer):
         return "".join(self._lookup(self._text, ids)).encode()
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write tokenizer.json (BPE without merges and without splitting, its decoder just joins) and its config."""
-        _write_json(Path(directory) / "tokenizer.json", {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": self._added_json(),
-            "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Fuse"},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": self.vocab,
-                      "merges": []}})
-        _write_json(Path(directory) / "tokenizer_config.json", self._config())
+        """Write tokenizer.json (to Hugging Face: BPE without merges, whose decoder just joins) and its config."""
+        self._save_json(directory, self.vocab, [], decoder={"type": "Fuse"})
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -421,9 +399,9 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.decode(ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        ids = list(ids)
-        text = b"".join(self._lookup(self._bytes, ids))
-        return text if self._model.decode(ids).startswith(" ") else text.removeprefix(b" ")  # the blank put before it
+        raw, text = b"".join(self._lookup(self._bytes, ids := list(ids))), self._model.decode(ids)
+        implied = (len(raw) - len(raw.lstrip(b" "))) - (len(text) - len(text.lstrip(" ")))  # the blank put before text
+        return raw[max(implied, 0):]
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write `directory`/tokenizer.model."""
@@ -448,15 +426,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         names = ["tokenizer.json", "tokenizer.model", "vocab.bpe", *(name + ".tiktoken" for name in TIKTOKEN_FILES)]
-        found = [path / name for name in names if (path / name).is_file()] or sorted(path.glob("*.model*"))
+        found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{path}: no tokenizer here (looked for {', '.join(names)})")
+            raise FileNotFoundError(f"{path}: no tokenizer in this folder (looked for {', '.join(names)})")
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
     try:
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty")
         if path.suffix == ".json":
             return _load_json(path)
         if path.suffix == ".tiktoken":
@@ -465,16 +443,19 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             return _load_gpt2(path)
         if ".model" in path.name:
             return SentencePieceTokenizer(path.read_bytes())
+        raise ValueError("unknown kind of tokenizer file (known: *.json, *.model, vocab.bpe, *.tiktoken)")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: not a readable tokenizer ({type(error).__name__}: {error})") from None
-    raise ValueError(f"{path}: unknown kind of tokenizer file (know *.json, *.model, vocab.bpe, *.tiktoken)")
+    except ValueError as error:
+        named = str(error).startswith(str(path.parent / ""))  # by the reader of this file, or of the one beside it
+        raise ValueError(str(error) if named else f"{path}: {error}") from None
 
 
 def _load_json(path: Path) -> Tokenizer:
     """Hugging Face's tokenizer.json: byte-level BPE, or our characters. Everything else is refused by name."""
     data = _read_json(path)
-    if not isinstance(data.get("model"), dict) or not isinstance(data["model"].get("vocab"), (dict, list)):
-        raise ValueError(f"{path}: not a tokenizer.json (it has no model with a vocab)")
+    if "vocab" not in (data.get("model") or {}):
+        raise ValueError("not a tokenizer.json: it has no model with a vocab")
     model, splitter, normalizer = data["model"], data.get("pre_tokenizer"), data.get("normalizer")
     unknown = [f"model {model['type']}"] if model.get("type", "BPE") != "BPE" else []
     unknown += [f"model.{key}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
@@ -487,44 +468,35 @@ def _load_json(path: Path) -> Tokenizer:
         unknown += [f"{key} of added token {token['content']!r}" for key in ("lstrip", "rstrip", "single_word")
                     if token.get(key)]
     characters = splitter is None and not model.get("merges") and (data.get("decoder") or {}).get("type") == "Fuse"
-    pattern = None if characters or unknown else _split_pattern(splitter)
-    unknown += [f"pre_tokenizer {_describe(splitter)}"] if not (characters or unknown or pattern) else []
+    pattern = _split_pattern(splitter or {})
+    unknown += [f"pre_tokenizer {json.dumps(splitter)}"] if not (characters or pattern) else []
     if unknown:
-        raise ValueError(f"{path}: {unknown[0]} is not supported (byte-level BPE is)")
+        raise ValueError(f"{unknown[0]} is not supported (byte-level BPE is)")
 
     ends = _end_tokens(path.with_name("tokenizer_config.json"), special | added | model["vocab"])
     if characters:
         return CharTokenizer({token: i for token, i in model["vocab"].items() if token not in special}, special, **ends)
-    return BPETokenizer(**_merge_tables(path, model["vocab"], model["merges"], special | added,
-                                        bool(model.get("ignore_merges"))),
-                        special_tokens=special, added_tokens=added, pattern=pattern, nfc=bool(normalizer), **ends)
+    tables = _merge_tables(model["vocab"], model["merges"], special | added, bool(model.get("ignore_merges")))
+    return BPETokenizer(**tables, special_tokens=special, added_tokens=added, pattern=pattern, nfc=bool(normalizer),
+                        **ends)
 
 
-def _split_pattern(splitter: dict | None) -> str | None:
+def _split_pattern(splitter: dict) -> str | None:
     """The pattern of ByteLevel (GPT-2's own), or of Sequence[Split(pattern), ByteLevel]; None for any other."""
-    *before, last = (splitter or {}).get("pretokenizers") or [splitter or {}]
+    *before, last = splitter.get("pretokenizers") or [splitter]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
         return None
     if not before:
         return GPT2_PATTERN if last.get("use_regex", True) else None
-    split, keeps = before[0], ("Isolated", False), 
-    whole = (split.get("behavior"), bool(split.get("invert"))) in (("Isolated", False), ("Removed", True))
-    if len(before) > 1 or split.get("type") != "Split" or not whole or last.get("use_regex", True):
+    split = before[0]
+    keeps_matches = (split.get("behavior"), split.get("invert", False)) in (("Isolated", False), ("Removed", True))
+    if len(before) > 1 or split.get("type") != "Split" or not keeps_matches or last.get("use_regex", True):
         return None
     return split["pattern"].get("Regex")
 
 
-def _describe(splitter: dict | None) -> str:
-    """Names of the pre-tokenizers, for the line that refuses them."""
-    if splitter and "pretokenizers" in splitter:
-        return "Sequence[" + ", ".join(map(_describe, splitter["pretokenizers"])) + "]"
-    settings = ", ".join(f"{key}={value}" for key, value in (splitter or {}).items()
-                         if key in ("add_prefix_space", "use_regex", "behavior", "invert"))
-    return f"{splitter['type']}({settings})" if splitter else "null"
-
-
 def _end_tokens(config_path: Path, ids: dict[str, int]) -> dict[str, int | None]:
-    """{"bos": id, "eos": id, "pad": id} named by tokenizer_config.json, whose tokens are strings or {"content": ...}."""
+    """{"bos": id, "eos": id, "pad": id} from tokenizer_config.json, whose tokens are strings or {"content": ...}."""
     if not config_path.is_file():
         return {"eos": ids.get("<|endoftext|>")}
     config, ends = _read_json(config_path), {}
@@ -537,24 +509,29 @@ def _end_tokens(config_path: Path, ids: dict[str, int]) -> dict[str, int | None]
     return ends
 
 
-def _merge_tables(path: Path, vocab: dict[str, int], merges: list, names: dict[str, int], whole: bool) -> dict:
-    """BPETokenizer's vocab, merge_order and unreachable from a printable vocabulary and its merges.
+def _merge_tables(vocab: dict[str, int], merges: list, names: dict[str, int], whole: bool) -> dict:
+    """BPETokenizer's vocab, merge_order and unreachable, from a printable vocabulary and its merges.
 
     tiktoken merges any neighbours whose union is a token, Hugging Face only the listed pairs. With merges that
     training made (or that list every pair of a token) these are the same: a token's bytes have one way to be merged.
+    `whole` (HF: ignore_merges): a pre-token that is a token is taken whole, even if no merge leads to it.
     """
     if not all(isinstance(i, int) and i >= 0 for i in (*vocab.values(), *names.values())):
-        raise ValueError(f"{path}: an id in the vocabulary is not a whole number")
+        raise ValueError("an id in the vocabulary is not a whole number")
     order: dict[str, None] = {}  # a set that keeps its order: the token's first merge decides
     for number, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2 or not all(token in vocab for token in (*pair, "".join(pair))):
-            raise ValueError(f"{path}: merge {number} ({merge!r}) is not two tokens of the vocabulary that make a third")
+            raise ValueError(f"merge {number} ({merge!r}) is not two tokens of the vocabulary that make a third one")
         order["".join(pair)] = None
     rest = {token: i for token, i in vocab.items()
             if token not in order and token not in names and token not in _BYTE_OF_CHARACTER}
-    if whole:  # ignore_merges: a pre-token that is a token is taken whole, even if no merges lead to it
-        order |= dict.fromkeys(sorted(rest, key=rest.__getitem__))
+    if whole:
+        for token in sorted(rest, key=rest.__getitem__):
+            if any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token))):
+                raise ValueError(f"ignore_merges with {token!r}, which two tokens could make but no merge does, "
+                                 "is not supported")
+            order[token] = None
         rest = {}
     reachable = [token for token in vocab if token in _BYTE_OF_CHARACTER] + list(order)
     return {"vocab": {_from_printable(token): vocab[token] for token in reachable},
@@ -566,14 +543,14 @@ def _load_gpt2(path: Path) -> BPETokenizer:
     vocab = _read_json(path.with_name("encoder.json"))
     merges = [line for line in _read_text(path).split("\n") if line and not line.startswith("#version")]
     special = {"<|endoftext|>": vocab["<|endoftext|>"]}
-    return BPETokenizer(**_merge_tables(path, vocab, merges, special, False), special_tokens=special,
+    return BPETokenizer(**_merge_tables(vocab, merges, special, False), special_tokens=special,
                         pattern=GPT2_PATTERN, eos=vocab["<|endoftext|>"])
 
 
 def _load_tiktoken(path: Path) -> BPETokenizer:
     """Lines of 'base64(token bytes) rank'; rank = id."""
     if path.stem not in TIKTOKEN_FILES:
-        raise ValueError(f"{path}: the split pattern is known only for {', '.join(TIKTOKEN_FILES)}; name the file so")
+        raise ValueError(f"the split pattern is known only for {', '.join(TIKTOKEN_FILES)}: name the file so")
     pattern, special = TIKTOKEN_FILES[path.stem]
     ranks = {}
     for number, line in enumerate(_read_text(path).splitlines(), 1):
@@ -592,6 +569,15 @@ def _cut_out(text: str, names: Iterable[str]) -> list[str]:
     """Cut `text` around each occurrence of a name (the longest that fits, from the left); the names stay as parts."""
     alternatives = "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
     return [part for part in regex.split(f"({alternatives})", text) if part] if alternatives else [text]
+
+
+def _training_text(texts: Iterable[str], special_tokens: list[str]) -> Iterator[str]:
+    """The stretches of text between special tokens."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be several texts (a list, a generator ...), not one string")
+    for text in texts:
+        _utf8(text)
+        yield from (part for part in _cut_out(text, special_tokens) if part not in special_tokens)
 
 
 def _utf8(text: str) -> bytes:
