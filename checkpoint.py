@@ -5,8 +5,8 @@
                             optimizer.safetensors ("<parameter>.<key>"), state.json: what resuming needs besides
                             manifest.json {"files": {name: {"bytes", "sha256"}}}: the proof that all of it is there
 
-A folder is written under a temporary name, synced to the disk and renamed; only then does `latest` name it. Whenever the
-process is killed, `latest` names a whole checkpoint (the tests kill it at every step). A safetensors file is
+A folder is written under a temporary name, synced to the disk and renamed; only then does `latest` name it. Whenever
+the process is killed, `latest` names a whole checkpoint (the tests kill it at every step). A safetensors file is
 
     u64 little-endian N, N bytes of JSON {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, the numbers
 
@@ -95,11 +95,8 @@ def sha256(path: Path) -> str:
 
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write named tensors one by one, atomically; the file equals the safetensors package's byte for byte."""
-    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in kinds:
-            raise ValueError(f"{path}: safetensors has no {tensor.dtype}, which {name} is")
-    order = list(kinds)  # largest elements first: so every tensor begins at a multiple of its element's size
+    kinds, order = {dtype: kind for kind, dtype in DTYPES.items()}, list(DTYPES.values())
+    # Largest elements first: so every tensor begins at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
@@ -168,16 +165,13 @@ def read_safetensors(path) -> dict[str, Tensor]:
     header, _, start = read_safetensors_header(path)
     with open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private, since torch wants it to be writable
-    tensors = {}
+    data, tensors = torch.frombuffer(memory, dtype=torch.uint8)[start:], {}
     for name, entry in header.items():
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if begin == end:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        raw = torch.frombuffer(memory, dtype=torch.uint8, count=end - begin, offset=start + begin)
-        if (start + begin) % dtype.itemsize:
-            raw = raw.clone()  # another writer's header without padding: to lie at odd addresses is slow, or worse
-        tensors[name] = raw.view(dtype).view(shape)
+        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        raw = data[begin:end]
+        if raw.storage_offset() % dtype.itemsize:  # a writer that did not pad its header: torch wants aligned numbers
+            raw = raw.clone()
+        tensors[name] = raw.view(dtype).view(entry["shape"])
     return tensors
 
 
@@ -248,11 +242,13 @@ def _check(where: Path, tensors: dict[str, Tensor], parameters: dict[str, Tensor
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     for names, what in ((missing, "missing"), (unknown, "unknown")):
         if names:
-            raise ValueError(f"{where}: {what}: {', '.join(names[:4])}" + f" and {len(names) - 4} more" * (len(names) > 4))
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise ValueError(f"{where}: {what} tensors: {', '.join(names[:4])}{more}")
     for name, p in parameters.items():
         t = tensors[name]
         if t.shape != p.shape or (t.dtype != p.dtype if dtypes else not t.is_floating_point()):
-            raise ValueError(f"{where}: {name} is {t.dtype} {tuple(t.shape)}; the model's is {p.dtype} {tuple(p.shape)}")
+            theirs, ours = f"{t.dtype} {tuple(t.shape)}", f"{p.dtype} {tuple(p.shape)}"
+            raise ValueError(f"{where}: {name} is {theirs}, but {ours} in the model")
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -307,7 +303,7 @@ def load_checkpoint(folder, model, optimizer=None) -> dict:
     if optimizer is not None:
         _, ours = _describe(model, optimizer)
         if (ours["name"], ours["params"]) != (theirs["name"], theirs["params"]):
-            raise ValueError(f"{folder}: {ours['name']} cannot go on with the state of {theirs['name']}, or of other groups")
+            raise ValueError(f"{folder}: {ours['name']} cannot go on from the state of {theirs['name']} or of other groups")
         optimizer.state.clear()
         for key, tensor in read_safetensors(folder / "optimizer.safetensors").items():
             name, _, key = key.rpartition(".")
@@ -327,7 +323,7 @@ def read_state(folder) -> dict:
 
 
 def _describe(model, optimizer) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's tensors by name; and for JSON its kind, its groups' parameters and their counters (the integers)."""
+    """An optimizer's tensors by name; and for JSON its kind, its groups' parameters and counters (their integers)."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"{names[p]}.{key}": tensor for p, values in optimizer.state.items() for key, tensor in values.items()}
     params = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
