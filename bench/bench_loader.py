@@ -3,7 +3,7 @@
     python bench/bench_loader.py
 
 Synthetic corpus in a temporary folder: documents of about 500 tokens, vocabulary 8192. Each row is the best of several
-runs (the machine may be busy with other things); nanoseconds per token times tokens per step is what a training step pays.
+runs, as the machine may be busy with other things.
 """
 
 import argparse
@@ -54,13 +54,14 @@ def main():
     torch.set_num_threads(1)  # the loader itself is one thread of NumPy
     with tempfile.TemporaryDirectory() as folder:
         documents = (Tokens(str(i)) for i in range(args.tokens // 500))
-        index = write_shards(Path(folder, "data"), {"train": documents}, RandomTokenizer(), shard_tokens=args.tokens // 4)
+        index = write_shards(Path(folder, "data"), {"train": documents}, RandomTokenizer(), args.tokens // 4)
         rows = []
         for seq_len in (64, 256, 1024, 4096):
             loader = Loader(Path(folder, "data"), "train", seq_len=seq_len, global_batch_size=32)
             speed = max(tokens_per_second(loader, 32 * seq_len, args.seconds) for _ in range(args.runs))
-            rows.append({"seq_len": seq_len, "batch_size": 32, "corpus_tokens": index["splits"]["train"]["tokens"],
-                         "shards": len(index["splits"]["train"]["shards"]), "million_tokens_per_second": round(speed / 1e6, 1)})
+            train = index["splits"]["train"]
+            rows.append({"seq_len": seq_len, "batch_size": 32, "million_tokens_per_second": round(speed / 1e6, 1),
+                         "corpus_tokens": train["tokens"], "shards": len(train["shards"])})
         write_results("loader", rows)
 
 

@@ -2,24 +2,25 @@
 
 A source is one string:
 
-    stdlib                   the embedded corpus: the running Python's own standard library, so that no download is needed
-    stdlib:modules           a part of it: the source of each module, one document per file
-    stdlib:topics            ... each help topic of pydoc (the language reference, as prose)
-    stdlib:docstrings        ... each docstring; not in plain `stdlib`, whose modules hold them already
-    story.txt notes.md a.py  plain text, one document; a .txt line that is only <|endoftext|> ends a document (TinyStories)
-    web.jsonl web.jsonl.gz   one JSON object per line, its text in the field "text" (or "content"); also .json.gz
-    folder                   all such files below it, in sorted order; hidden files and other extensions are passed over
+    stdlib                  the embedded corpus, no download: the running Python's own standard library
+    stdlib:modules          ... part of it: the source of each module, one document per file
+    stdlib:topics           ... part of it: each help topic of pydoc (the language reference, prose)
+    stdlib:docstrings       each docstring; not in plain `stdlib`, whose modules hold them already
+    a.txt  a.md  a.py       plain text, one document; a .txt line that is only <|endoftext|> ends one (TinyStories)
+    a.jsonl  a.jsonl.gz     one JSON object per line, its text in the field "text" (or "content"); also .json.gz
+    folder                  all such files below it, in sorted order, but hidden and empty ones
 
-Text is UTF-8; a byte-order mark at the start is dropped, line ends are kept as they are. A document longer than PIECE
-characters comes in several pieces, `final` being true on its last one, so memory stays flat on a file of any size.
+Text is UTF-8; a byte-order mark at the start is dropped, line ends are kept. A document longer than PIECE characters
+comes in several pieces, `final` being true on its last one, so memory stays flat on a file of any size.
 
-Held-out text (`split_documents`) is chosen by rules that need no random state and no list of files:
-    one plain file           its tail: the first int(n * (1 - val_fraction)) of its n characters are training
-                             text, as in nanoGPT's tinyshakespeare
-    stdlib                   by file: sha256(relative path) as a fraction of 2^256 < val_fraction -> held out. A docstring
-                             goes with its file. The same files are held out on every machine with the same Python.
-    anything else            by document: the same with sha256(text), so exact copies land on one side and never leak.
-                             (Of a document in pieces the first is hashed: where it is cut depends on its text alone.)
+Held-out text is chosen by rules that need no random state:
+
+    one plain file          its tail: the first int(n (1 - val_fraction)) of its n characters are training text, as
+                            nanoGPT cuts tinyshakespeare
+    stdlib                  by file (or topic): held out if sha256(relative path) / 2^256 < val_fraction, so the same on
+                            every machine; a docstring goes with its file
+    anything else           by document: the same with sha256(text), so exact copies land on one side and never leak
+                            (of a document in pieces the first is hashed: where it is cut depends on its text alone)
 """
 
 import ast
@@ -42,6 +43,7 @@ LINES = (".jsonl", ".jsonl.gz", ".json.gz")
 STDLIB_PARTS = {"stdlib": ("modules", "topics"), "stdlib:modules": ("modules",), "stdlib:topics": ("topics",),
                 "stdlib:docstrings": ("docstrings",)}
 LEFT_OUT = (  # names or paths in the standard library's folder that are no part of the corpus
+    ".*",
     "site-packages", "dist-packages", "__pycache__",  # not the standard library
     "test", "tests", "idle_test",                     # differ between installations, and would be two thirds of all
     "config-*", "_sysconfigdata*",                    # this machine's build settings
@@ -127,19 +129,17 @@ def expand(sources: list[str]) -> list:
     return items
 
 
-def walk(root: Path, left_out: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
-    """(relative path with slashes, path) of each file under `root`, sorted by the former; hidden ones are skipped."""
-
-    def keep(relative: str) -> bool:
-        name = relative.rsplit("/", 1)[-1]
-        return not name.startswith(".") and not any(fnmatch.fnmatch(x, p) for x in (name, relative) for p in left_out)
-
+def walk(root: Path, left_out: tuple[str, ...] = (".*",)) -> list[tuple[str, Path]]:
+    """(relative path with slashes, path) of each file under `root`, sorted; `left_out` are patterns of either."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        at = Path(folder).relative_to(root).as_posix().removeprefix(".")
-        at = at and at + "/"
-        subfolders[:] = [name for name in subfolders if keep(at + name)]  # prunes the walk itself
-        found += [(at + name, Path(folder, name)) for name in names if keep(at + name)]
+        at = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
+
+        def keep(name: str) -> bool:
+            return not any(fnmatch.fnmatch(text, pattern) for text in (name, at + name) for pattern in left_out)
+
+        subfolders[:] = filter(keep, subfolders)  # os.walk will not enter the others
+        found += [(at + name, Path(folder, name)) for name in names if keep(name)]
     return sorted(found)
 
 
@@ -254,15 +254,12 @@ def stdlib_modules() -> Iterator[tuple[str, Document]]:
 
 
 def stdlib_topics() -> Iterator[tuple[str, Document]]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise ValueError("stdlib:topics: this Python has no pydoc_data; use --data stdlib:modules") from None
+    from pydoc_data.topics import topics  # {name: text}, half a megabyte: not worth it for other sources
+
     # Some topics ("while") are sections of another ("compound"): with both, held-out text would stand in training text.
     lines = {name: {line for line in text.splitlines() if len(line) > 20} for name, text in topics.items()}
-    order = sorted(topics, key=lambda name: (-len(topics[name]), name))  # the longest first
     kept = []
-    for name in order:
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):  # the longest first
         if all(2 * len(lines[name] & lines[other]) < len(lines[name]) for other in kept):
             kept.append(name)
     for name in sorted(kept):

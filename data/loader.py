@@ -1,8 +1,8 @@
 """Training batches from memory-mapped token shards, deterministic, with one integer as the whole state.
 
-The folder is the one that data/pack.py writes: shards EOS d1 EOS d2 ... EOS, where each shard's documents start, index.json.
+The folder is the one that data/pack.py writes: shards EOS d1 EOS d2 ... EOS, the starts of their documents, index.json.
 
-    windows   A shard of n + 1 tokens has n targets: window k reads tokens [kS, kS + S) and predicts [kS + 1, kS + S + 1).
+    windows   A shard of n + 1 tokens has n targets: window k reads tokens [kS, kS + S) and predicts those one later.
               Nothing is dropped: a shard's last window may be short, the rest of its row has labels -100.
     order     Sample g of a run is window P_e(g mod n) of epoch e = g div n, for n windows. P_e is a keyed permutation
               (a Feistel network), computed where it is needed: no shuffled list, a new order each epoch.
@@ -36,20 +36,20 @@ class Loader:
         cu_seqlens  (n + 1,) int32 from 0 to b * S: where the documents of the flattened batch begin and end
 
     b is micro_batch_size (default: the rank's whole share), less in the last one if it does not divide the share.
-    A split shorter than seq_len is one padded window. `index` is the folder's index.json (vocab_size, eos_token_id ...).
-    ValueError / FileNotFoundError, naming the file, for an unfinished or truncated folder, a split it does not have, and
-    for sizes that make no batch.
+    A split shorter than seq_len is one padded window. `index` is the folder's index.json (vocab_size, ...).
+    ValueError or FileNotFoundError, naming the file: an unfinished or truncated folder, a split that it does not have,
+    sizes that make no batch.
     """
 
     def __init__(self, directory, split: str, *, seq_len: int, global_batch_size: int,
                  micro_batch_size: int | None = None, seed: int = 0, rank: int = 0, world_size: int = 1,
                  replay=None, replay_fraction: float = 0.0):
         if not 0 <= rank < world_size <= global_batch_size:
-            raise ValueError(f"rank {rank} of {world_size} cannot take a share of global_batch_size {global_batch_size}")
+            raise ValueError(f"rank {rank} of {world_size} has no share of global_batch_size {global_batch_size}")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, not {micro_batch_size}")
         if not 0 <= replay_fraction < 1 or (replay is None) != (replay_fraction == 0):
-            raise ValueError(f"replay needs a folder and a replay_fraction in (0, 1), got {replay} and {replay_fraction}")
+            raise ValueError(f"replay takes a folder and a fraction in (0, 1), got {replay} and {replay_fraction}")
         self.index = read_index(directory, split)
         self.windows = Windows([(directory, self.index)], split, seq_len)
         self.n_windows = self.windows.count  # of the main folder: one epoch
@@ -60,7 +60,7 @@ class Loader:
                     raise ValueError(f"{replay}: {key} {other[key]}, but {directory} has {self.index[key]}: "
                                      "replayed data must be made with the same tokenizer")
             self.windows = Windows([(directory, self.index), (replay, other)], split, seq_len)
-        self.share = Fraction(str(replay_fraction))  # the decimal as written, so that floor(g p) is exact for any g
+        self.share = Fraction(replay_fraction).limit_denominator(10**6)  # 0.1 is 1/10: floor(g p) is exact for any g
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.step = 0
@@ -109,7 +109,7 @@ class Loader:
 
 
 def eval_batches(directory, split: str, seq_len: int, batch_size: int):
-    """Yield (input_ids, labels, cu_seqlens), shaped as in `Loader`, over all windows of a split, in order, each once."""
+    """Yield (input_ids, labels, cu_seqlens), as in `Loader`, over all windows of a split, each once, in order."""
     windows = Windows([(directory, read_index(directory, split))], split, seq_len)
     for start in range(0, windows.count, batch_size):
         yield windows.batch(np.arange(start, min(start + batch_size, windows.count)))
@@ -120,9 +120,9 @@ def eval_batches(directory, split: str, seq_len: int, batch_size: int):
 def shuffled(low: int, count: int, n: int, seed: int) -> np.ndarray:
     """Windows of samples [low, low + count) of an endless run of epochs over n windows, each a permutation of range(n).
 
-    A Feistel network on pairs (l, r), l < a, r < b, with a b >= n: each round adds a hash of one half to the other, modulo
-    its size, which can be undone and so permutes [0, a b). An image outside [0, n) is sent through again until it falls
-    inside (cycle walking), which leaves a permutation of [0, n); since a b < n + a, that is rare.
+    A Feistel network on pairs (l, r), l < a, r < b, with a b >= n: each round adds a hash of one half to the other,
+    modulo its size, which can be undone and so permutes [0, a b). An image outside [0, n) is sent through again until
+    it falls inside (cycle walking), which leaves a permutation of [0, n); since a b < n + a, that is rare.
     Black & Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
     """
     epoch, position = divmod(low, n)
@@ -193,7 +193,7 @@ class Windows:
             # documents d whose opening EOS, at d - 1, lies inside the window: start < d - 1 < stop
             low = np.searchsorted(documents, start + 1, side="right")
             count = np.searchsorted(documents, stop + 1, side="left") - low  # (m,)
-            each = np.repeat(low - np.cumsum(count) + count, count) + np.arange(count.sum())  # low, low + 1, ... per row
+            each = np.repeat(low - np.cumsum(count) + count, count) + np.arange(count.sum())  # low, low + 1, ...
             boundaries.append(documents[each] - 1 + np.repeat(rows * S - start, count))
         input_ids, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         for row, n in padded:  # the rest of the row is a document of its own, so that nothing can attend to it
@@ -205,13 +205,13 @@ class Windows:
 
 
 def read_index(directory, split: str) -> dict:
-    """index.json of a folder of shards, after checking that it has `split` and that its files have the recorded sizes."""
+    """index.json of a folder of shards; checks that it has `split` and that the files have the recorded sizes."""
     path = Path(directory) / "index.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no index.json here, so no finished token shards (python -m data.prepare)")
+        raise FileNotFoundError(f"{directory}: no index.json, so no token shards (python -m data.prepare makes them)")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        splits, width, _, _ = index["splits"], np.dtype(index["dtype"]).itemsize, index["vocab_size"], index["eos_token_id"]
+        splits, width = index["splits"], np.dtype(index["dtype"]).itemsize
         files = [(path.with_name(entry["file"]), entry["tokens"] * width, entry["documents"] * 8)
                  for entry in splits.get(split, {"shards": []})["shards"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -8,9 +8,9 @@ A folder holds, for each split, shards of a little-endian token stream and where
                         "splits": {"train": {"tokens", "documents", "bytes", "skipped_documents",
                                              "shards": [{"file", "tokens", "documents", "sha256", "idx_sha256"}]}}}
 
-The model sees a document as inputs [EOS d] and targets [d EOS]: EOS plays the part of BOS, so the first token is predicted
-too and the last one predicts the end. With k shards of N tokens in all, exactly N - k targets: each token of each
-document and its EOS once. Documents never cross shards; a shard is closed once it holds `shard_tokens`.
+The model sees a document as inputs [EOS d] and targets [d EOS]: EOS plays the part of BOS, so the first token is
+predicted too, and the last one predicts the end. k shards of N tokens in all have exactly N - k targets: each token of
+each document and its EOS once. Documents never cross shards; a shard is closed once it holds `shard_tokens`.
 
 The folder appears as a whole or not at all: everything is written to NAME.partial beside it, synced, then renamed.
 Whatever `tokenizer.save` writes lies in it too, so it can be moved, and read without asking how it was made.
@@ -37,7 +37,8 @@ def write_shards(directory, splits, tokenizer, shard_tokens: int = 100_000_000, 
     tokenizer  has .vocab_size, .eos_token_id and .encode(text) -> list[int] without special tokens; .encode_batch and
                .save(folder) are used where it has them
     settings   JSON values kept in the index, for whoever asks later how the folder was made
-    ValueError: a split without documents, no EOS, an id outside the vocabulary, `directory` not empty; OSError: a full disk.
+    ValueError: a split without documents, no EOS, an id outside the vocabulary, `directory` not empty. OSError: a full
+    disk. Either way nothing is left behind.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -89,7 +90,7 @@ def write_split(folder: Path, split: str, documents, tokenizer, dtype: str, shar
             else:
                 total["skipped_documents"] += 1
             length = size = 0
-            if shard.tokens >= shard_tokens:
+            if shard.starts and shard.tokens >= shard_tokens:
                 total["shards"].append(shard.close())
                 shard = None
         if length:
@@ -97,6 +98,7 @@ def write_split(folder: Path, split: str, documents, tokenizer, dtype: str, shar
         if shard is not None and shard.starts:
             total["shards"].append(shard.close())
         elif shard is not None:  # all that was left had no token
+            shard.file.close()
             shard.path.unlink()
     finally:
         if shard is not None:
@@ -116,13 +118,13 @@ def encoded(documents, tokenizer):
         for (text, final), ids in zip(batch, encode_batch([text for text, _ in batch])):
             ids = np.asarray(ids, dtype=np.int64)
             if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # would wrap around in uint16
-                raise ValueError(f"the tokenizer gave ids up to {ids.max()}, but its vocab_size is {tokenizer.vocab_size}")
+                raise ValueError(f"the tokenizer gave id {ids.max()}, but its vocab_size is {tokenizer.vocab_size}")
             yield text, final, ids
 
     batch, characters = [], 0
     for document in documents:
         batch.append((document.text, document.final))
-        characters += len(document.text)
+        characters += len(document.text) + 1  # so that a million empty documents fill a batch too
         if characters >= BATCH:
             yield from flush()
             batch, characters = [], 0
@@ -173,7 +175,7 @@ def read_index(directory, verify: bool = False) -> dict:
     a shard is missing or its size is not the recorded one. verify=True also reads everything and compares SHA-256."""
     directory = Path(directory)
     if not (directory / "index.json").is_file():
-        raise FileNotFoundError(f"{directory}: no index.json here, so no finished token shards (python -m data.prepare)")
+        raise FileNotFoundError(f"{directory}: no index.json, so no token shards (python -m data.prepare makes them)")
     try:
         index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
         width = np.dtype(index["dtype"]).itemsize
