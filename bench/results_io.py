@@ -30,7 +30,7 @@ def git_commit() -> str:
 
 
 def write_results(name: str, rows: list[dict]) -> dict:
-    """Print `rows`, write them to bench/results/`name`.json with what they were measured on, and return the envelope."""
+    """Write `rows` to bench/results/`name`.json with what they were measured on; print and return the same."""
     versions = {"python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in ("torch", "numpy", "tiktoken", "sentencepiece")}
     result = {"device": device_name(), "versions": versions, "commit": git_commit(), "rows": rows}
