@@ -303,7 +303,7 @@ def load_checkpoint(folder, model, optimizer=None) -> dict:
     if optimizer is not None:
         _, ours = _describe(model, optimizer)
         if (ours["name"], ours["params"]) != (theirs["name"], theirs["params"]):
-            raise ValueError(f"{folder}: {ours['name']} cannot go on from the state of {theirs['name']} or of other groups")
+            raise ValueError(f"{folder}: {ours['name']} cannot go on from {theirs['name']}, or from other groups")
         optimizer.state.clear()
         for key, tensor in read_safetensors(folder / "optimizer.safetensors").items():
             name, _, key = key.rpartition(".")
@@ -421,11 +421,12 @@ def latest(out) -> Path | None:
 def find_checkpoint(path) -> Path:
     """A run's folder -> its newest checkpoint; a checkpoint or Hugging Face folder -> itself; else ValueError."""
     path = Path(path)
-    if not (path / "config.json").is_file() and (newest := latest(path)):
-        verify(newest, contents=False)
-        return newest
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
-    if not any((path / name).is_file() for name in ("config.json", "manifest.json")):
+    if any((path / name).is_file() for name in ("config.json", "manifest.json")):
+        return path
+    newest = latest(path)
+    if newest is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a model: no `latest` and no config.json in it")
-    return path
+    verify(newest, contents=False)
+    return newest
