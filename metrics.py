@@ -29,8 +29,7 @@ def append_row(path, row: dict) -> None:
 
 def _parse(path) -> list[tuple[bytes, dict]]:
     """The (line without its newline, row) of each row. A kill may tear the last line, so there alone it is left out."""
-    lines = Path(path).read_bytes().split(b"\n")
-    rows = []
+    lines, rows = Path(path).read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -86,19 +85,23 @@ def detect_device(name: str = "auto") -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # unknown name, no driver, no such index, torch built without CUDA
-        raise ValueError(f"--device {name}: not on this machine, or not in this build of torch; try cpu") from None
+        raise ValueError(f"--device {name}: not on this machine, or not in this build of torch (cpu is)") from None
 
 
 def memory_bytes(device) -> int:
     """Peak memory so far: allocated on a CUDA device; elsewhere this process's largest resident size."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux: its ru_maxrss would start at the size of the process that forked us
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:
-        return 0  # Windows has no `resource`, and the standard library no other way: 0 means not measured
+        return 0  # Windows: the standard library cannot tell; 0 means not measured
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, else KiB
 
 
 # Published dense peaks in TFLOP/s (no 2:4 sparsity; 16 bits accumulated in float32), from NVIDIA's data sheets and
@@ -148,8 +151,7 @@ def measured_peak_flops(dtype: torch.dtype | str, size: int = 1024, seconds: flo
 
 def clock(seconds: float) -> str:
     """3725.4 -> '1:02:05'"""
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def progress_line(row: dict, max_steps: int, elapsed: float, mfu: float | None = None, start_step: int = 0) -> str:
@@ -238,8 +240,7 @@ def curve_svg(series: dict[str, list]) -> str:
     real = [(s, v) for points in series.values() for s, v in points if v is not None]
     x0, x1 = min(s for s, _ in real), max(s for s, _ in real)
     x1 += x1 == x0
-    ys = ticks(min(v for _, v in real), max(v for _, v in real))
-    y0, y1 = ys[0], ys[-1]
+    y0, *_, y1 = ys = ticks(min(v for _, v in real), max(v for _, v in real))
     X = lambda s: LEFT + (s - x0) / (x1 - x0) * (RIGHT - LEFT)  # noqa: E731
     Y = lambda v: BOTTOM - (v - y0) / (y1 - y0) * (BOTTOM - TOP)  # noqa: E731
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-x="[{x0}, {x1}]" data-y="[{y0!r}, {y1!r}]">']
@@ -265,7 +266,7 @@ def curves_html(rows: list[dict]) -> str:
     keys = dict.fromkeys([*TITLES, *(key for row in rows for key in row if key not in NO_CURVE)])  # ordered, once each
     out = []
     for key in keys:
-        series = {}
+        series = {}  # name -> [[step, value | None], ...]
         for row in rows:
             value, kind = row.get(key, ""), row.get("kind", "train")
             if "step" in row and (value is None or isinstance(value, (int, float)) and not isinstance(value, bool)):
@@ -300,16 +301,15 @@ def summary(rows: list[dict]) -> list[tuple[str, str]]:
     lines = []
 
     def add(label: str, kind: str, key: str, show) -> None:
-        values = [row[key] for row in rows if row.get("kind") == kind and isinstance(row.get(key), (int, float))]
-        if values:
-            lines.append((label, show(values)))
+        if v := [row[key] for row in rows if row.get("kind") == kind and row.get(key) is not None]:
+            lines.append((label, show(v)))
 
     course = lambda v: f"{v[-1]:.4f} (first {v[0]:.4f}, lowest {min(v):.4f})"  # noqa: E731
     add("train loss", "train", "loss", course)
     add("held-out loss", "eval", "loss", course)
     add("held-out bits per byte", "eval", "bits_per_byte", course)
-    add("steps", "train", "step", lambda v: f"{max(v):,}")
-    add("tokens", "train", "tokens", lambda v: f"{max(v):,}")
+    add("steps", "train", "step", lambda v: f"{v[-1]:,}")
+    add("tokens", "train", "tokens", lambda v: f"{v[-1]:,}")
     add("time", "train", "seconds", lambda v: clock(max(v)))
     add("tokens per second", "train", "tokens_per_second", lambda v: f"{sorted(v)[len(v) // 2]:,.0f} (median)")
     add("peak memory", "train", "memory_bytes", lambda v: f"{max(v) / 2**20:,.0f} MiB")
@@ -322,17 +322,17 @@ def write_report(run_dir) -> Path:
     One file without script or network, written atomically. Missing inputs leave their part out; ValueError names a
     malformed one. Returns the path.
     """
-    run = Path(run_dir)
-    rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    run, log = Path(run_dir), Path(run_dir, "metrics.jsonl")
+    rows = read_rows(log) if log.exists() else []
     args, samples = _read_json(run / "args.json", {}), _read_json(run / "samples.json", [])
     title, escape = html.escape(run.resolve().name), lambda value: html.escape(str(value))
     parts = [f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-             '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">',
+             '<meta name="viewport" content="width=device-width">',
              f"<style>{STYLE}</style></head><body><h1>{title}</h1>", _table(summary(rows)), curves_html(rows)]
     parts += ["<h2>Samples</h2>"] if samples else []
     for sample in samples:
-        prompt, text = escape(sample["prompt"]), escape(sample["text"])
-        parts.append(f'<p class="note">step {escape(sample["step"])}</p><pre><b>{prompt}</b>{text}</pre>')
+        step, prompt, text = (escape(sample[key]) for key in ("step", "prompt", "text"))
+        parts.append(f'<p class="note">step {step}</p><pre><b>{prompt}</b>{text}</pre>')
     if args:
         parts += ["<h2>Settings</h2>", _table(args.items())]
     _write_atomically(run / "report.html", "\n".join(parts + ["</body></html>\n"]).encode("utf-8", "replace"))
