@@ -82,6 +82,9 @@ class ModelConfig:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if silent := [name for name in sizes if config.get(name) is None]:  # our defaults are not HF's; the weights might even fit
+            raise ValueError(f"config.json: {', '.join(silent)} must be given")
         values = {f.name: config[f.name] for f in fields(cls) if f.name in config and f.name != "attention"}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the newer and the older dialect
         values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))

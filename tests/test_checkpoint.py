@@ -589,6 +589,7 @@ def test_folders_that_are_no_models(tmp_path):
     save_model(tmp_path, tiny())
     good = (tmp_path / "config.json").read_text()
     for edit, why in (({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+                      ({"num_attention_heads": None}, "num_attention_heads must be given"),
                       ({"hidden_size": "many"}, "no model can be built from its config.json"),
                       ({"num_attention_heads": 3}, "no multiple of"),
                       ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling"),
