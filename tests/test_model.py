@@ -1,0 +1,335 @@
+"""The model against itself, computed another way: cached, packed, checkpointed, by formula. All in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as m
+from model import CausalLM, KVCache, ModelConfig
+
+FAMILIES = {  # each exercises other branches of the forward pass
+    "llama": dict(num_key_value_heads=2),
+    "llama-bias": dict(attention_bias=True, tie_word_embeddings=True),
+    "mistral": dict(sliding_window=5, num_key_value_heads=1),
+    "qwen2": dict(model_type="qwen2", attention_bias=True, num_key_value_heads=2),
+    "qwen3": dict(qk_norm=True, head_dim=6, num_key_value_heads=2, tie_word_embeddings=True),
+}
+
+
+def tiny(attention="sdpa", seed=0, **shape) -> CausalLM:
+    config = ModelConfig(**(dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                                 max_position_embeddings=64, initializer_range=0.2, attention=attention) | shape))
+    return CausalLM(config, seed).double()
+
+
+def tokens(*shape, seed=0) -> torch.Tensor:
+    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tolerance=1e-9):
+    assert (a - b).abs().max().item() <= tolerance
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def shape(request) -> dict:
+    return FAMILIES[request.param]
+
+
+# ---- one thing computed two ways
+
+
+def test_eager_and_sdpa_agree_in_logits_and_gradients(shape):
+    models = [tiny(attention, **shape) for attention in ("eager", "sdpa")]
+    ids, cu_seqlens = tokens(2, 24), torch.tensor([0, 7, 24, 31, 48], dtype=torch.int32)
+    for offsets in (None, cu_seqlens):
+        logits = [model(ids, cu_seqlens=offsets) for model in models]
+        close(*logits)
+        for model, x in zip(models, logits):
+            model.zero_grad()
+            x.sin().sum().backward()
+        for p, q in zip(models[0].parameters(), models[1].parameters()):
+            close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_documents_equal_single_ones_in_loss_and_gradients(shape, attention):
+    model, ids = tiny(attention, **shape), tokens(2, 20)
+    ends = [0, 3, 4, 17, 20, 29, 40]  # offsets over the flattened 2 x 20; the third row end (20) is one of them
+    labels = tokens(2, 20, seed=1)
+    packed = F.cross_entropy(model(ids, cu_seqlens=torch.tensor(ends, dtype=torch.int32)).flatten(0, 1), labels.flatten(), reduction="sum")
+    packed.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    single = sum(F.cross_entropy(model(ids.flatten()[None, a:b])[0], labels.flatten()[a:b], reduction="sum") for a, b in zip(ends, ends[1:]))
+    single.backward()
+    close(packed, single)
+    for p, gradient in zip(model.parameters(), gradients):
+        close(p.grad, gradient)
+
+
+def test_row_ends_are_boundaries_even_if_cu_seqlens_does_not_say_so():
+    model, ids = tiny(), tokens(2, 10)
+    close(model(ids, cu_seqlens=torch.tensor([0, 4, 20], dtype=torch.int32)),
+          model(ids, cu_seqlens=torch.tensor([0, 4, 10, 20], dtype=torch.int32)))
+
+
+def test_editing_one_document_changes_no_other():
+    model, ids, cu_seqlens = tiny(), tokens(1, 20), torch.tensor([0, 8, 20], dtype=torch.int32)
+    edited = ids.clone()
+    edited[0, :8] = (edited[0, :8] + 1) % 61
+    before, after = model(ids, cu_seqlens=cu_seqlens), model(edited, cu_seqlens=cu_seqlens)
+    assert torch.equal(before[:, 8:], after[:, 8:])
+    assert not torch.equal(before[:, :8], after[:, :8])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_cached_steps_equal_the_full_forward(shape, attention):
+    model, ids = tiny(attention, **shape).eval(), tokens(3, 20)
+    cache = KVCache(model.config, batch=3, max_length=20, dtype=torch.float64)
+    pieces = [model(ids[:, a:b], kv_cache=cache) for a, b in ((0, 9), (9, 10), (10, 13), (13, 14), (14, 20))]
+    close(torch.cat(pieces, dim=1), model(ids))
+
+
+def test_cached_prompts_of_different_length_equal_each_alone(shape):
+    model, lengths = tiny(**shape).eval(), [3, 9, 6]
+    prompts, answers = tokens(3, 9), tokens(3, 5, seed=1)
+    cache = KVCache(model.config, batch=3, max_length=14, dtype=torch.float64)
+    model(prompts, kv_cache=cache)  # padded on the right with whatever stands there
+    cache.set_lengths(torch.tensor(lengths))
+    steps = torch.cat([model(answers[:, i : i + 1], kv_cache=cache) for i in range(5)], dim=1)
+    for row, length in enumerate(lengths):
+        whole = torch.cat((prompts[row, :length], answers[row]))[None]
+        close(steps[row], model(whole)[0, length:])
+
+
+def test_a_cut_cache_forgets_what_was_cut():
+    model, ids = tiny().eval(), tokens(1, 12)
+    cache = KVCache(model.config, batch=1, max_length=12, dtype=torch.float64)
+    model(ids, kv_cache=cache)
+    cache.set_lengths(torch.tensor([4]))
+    close(model(ids[:, 4:8], kv_cache=cache), model(ids[:, :8])[:, 4:])
+
+
+def test_a_full_cache_says_so():
+    model = tiny()
+    cache = KVCache(model.config, batch=1, max_length=4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="holds 4 tokens per row; 5 are needed"):
+        model(tokens(1, 5), kv_cache=cache)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_equals_plain_and_keeps_less(shape, mode):
+    losses, gradients, kept = [], [], []
+    for setting in ("none", mode):
+        model = tiny(**shape)
+        model.model.activation_checkpointing = setting
+        saved = set()
+
+        def pack(tensor):
+            saved.add((tensor.data_ptr(), tensor.numel()))
+            return tensor
+
+        parameters = {(p.data_ptr(), p.numel()) for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model.hidden(tokens(4, 32))
+        kept.append(sum(size for pointer, size in saved if (pointer, size) not in parameters))
+        hidden.sin().sum().backward()
+        losses.append(hidden)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    close(*losses)
+    for p, q in zip(*gradients):
+        close(p, q)
+    if mode == "full":  # what selective keeps, it keeps out of this hook's sight
+        assert kept[1] < kept[0] / 3
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    model, ids, labels = tiny(), tokens(6, 16), tokens(6, 16, seed=1)
+    labels[0, 3:] = labels[4] = -100  # uneven counts: dividing each micro batch by its own would be wrong
+    count = (labels != -100).sum()
+    whole = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum") / count
+    whole.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for i in range(0, 6, 2):
+        (F.cross_entropy(model(ids[i : i + 2]).flatten(0, 1), labels[i : i + 2].flatten(), reduction="sum") / count).backward()
+    for p, gradient in zip(model.parameters(), gradients):
+        close(p.grad, gradient)
+
+
+# ---- the pieces against formulas
+
+
+def test_rms_norm_is_its_formula():
+    x, norm = torch.randn(5, 7, dtype=torch.float64), m.RMSNorm(7, 1e-5).double()
+    norm.weight.data.uniform_(0.5, 2)
+    close(norm(x), x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * norm.weight, 1e-14)
+
+
+def test_rope_is_a_rotation_of_complex_pairs():
+    D, theta, positions = 6, 100.0, torch.tensor([[0, 1, 5, 1000]])
+    x = torch.randn(1, 4, 2, D, dtype=torch.float64)
+    turned = m.apply_rope(x, *m.rope_tables(positions, D, theta, torch.float64))
+    for s, position in enumerate(positions[0].tolist()):
+        for i in range(D // 2):
+            z = torch.complex(x[0, s, :, i], x[0, s, :, i + D // 2])
+            angle = torch.tensor(position * theta ** (-2 * i / D), dtype=torch.float64)
+            expected = z * torch.polar(torch.ones((), dtype=torch.float64), angle)
+            close(turned[0, s, :, i], expected.real, 1e-12)
+            close(turned[0, s, :, i + D // 2], expected.imag, 1e-12)
+
+
+def test_attention_depends_on_relative_position_only():
+    model, ids = tiny(), tokens(1, 12)
+    close(model(ids), model(ids, position_ids=torch.arange(12)[None] + 37))
+
+
+def test_sliding_window_counts_the_token_itself():
+    model, ids = tiny(sliding_window=3, num_hidden_layers=1), tokens(1, 10)
+    before = model(ids)
+    for edited in range(10):
+        other = ids.clone()
+        other[0, edited] = (other[0, edited] + 1) % 61
+        changed = (model(other) - before).abs().amax(-1)[0] > 1e-12
+        assert changed.nonzero().flatten().tolist() == [i for i in range(edited, edited + 3) if i < 10]
+
+
+def test_no_token_sees_the_future(shape):
+    model, ids = tiny(**shape), tokens(1, 16)
+    edited = ids.clone()
+    edited[0, 9] = (edited[0, 9] + 1) % 61
+    assert torch.equal(model(ids)[:, :9], model(edited)[:, :9])
+
+
+def test_float64_is_never_cast_down():
+    """A cast to float32 anywhere would leave an error near 1e-7; against a float64 numpy-like evaluation it must be ~1e-15."""
+    model, ids = tiny("eager", num_hidden_layers=1, num_key_value_heads=2), tokens(1, 8)
+    seen = []
+    torch.utils._python_dispatch  # noqa: B018  (present since torch 2.0)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen.extend(t.dtype for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t) and t.is_floating_point())
+            return out
+
+    with Watch():
+        F.cross_entropy(model(ids)[0], ids[0]).backward()
+    assert set(seen) == {torch.float64}
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    model, ids = tiny(qk_norm=True, initializer_range=0.05).float(), tokens(2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(ids)
+    assert half.dtype == torch.bfloat16
+    close(half.float(), model(ids), 0.05)
+
+
+def test_attention_dropout_acts_in_training_only():
+    for attention in ("eager", "sdpa"):
+        model, ids = tiny(attention, attention_dropout=0.5), tokens(1, 16)
+        assert not torch.equal(model(ids), model(ids))
+        model.eval()
+        assert torch.equal(model(ids), model(ids))
+
+
+# ---- weights, counts, configuration
+
+
+def test_initial_weights_depend_on_seed_name_and_shape_alone():
+    small, deep = tiny(seed=3).float(), tiny(seed=3, num_hidden_layers=5, vocab_size=70).float()
+    name = "model.layers.1.mlp.gate_proj.weight"
+    assert torch.equal(small.get_parameter(name), deep.get_parameter(name))
+    assert not torch.equal(small.get_parameter(name), tiny(seed=4).float().get_parameter(name))
+    torch.manual_seed(99)
+    assert torch.equal(small.get_parameter(name), tiny(seed=3).float().get_parameter(name))
+
+
+def test_initial_variance_is_scaled_by_depth():
+    model = CausalLM(ModelConfig(vocab_size=500, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, attention_bias=True))
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p))
+        else:
+            expected = 0.02 / math.sqrt(2 * 8) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.02, name
+
+
+def test_untrained_loss_is_ln_vocabulary():
+    model = CausalLM(ModelConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    ids = torch.randint(0, 1000, (8, 64), generator=torch.Generator().manual_seed(0))
+    loss = F.cross_entropy(model(ids).flatten(0, 1), ids.roll(1, 1).flatten())
+    assert abs(loss.item() - math.log(1000)) < 0.02
+
+
+def test_parameter_count_is_the_formula(shape):
+    model = tiny(**shape)
+    assert m.num_parameters(model.config) == sum(p.numel() for p in model.parameters())
+    table = model.model.embed_tokens.weight.numel()
+    assert m.num_parameters(model.config, embedding=False) == m.num_parameters(model.config) - (0 if model.config.tie_word_embeddings else table)
+
+
+def test_published_sizes():
+    llama3_8b = ModelConfig(128256, 4096, 14336, 32, 32, 8)
+    assert m.num_parameters(llama3_8b) == 8_030_261_248  # the model card's 8.03 B
+    llama32_1b = ModelConfig(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True)
+    assert m.num_parameters(llama32_1b) == 1_235_814_400
+    qwen3_06b = ModelConfig(151936, 1024, 3072, 28, 16, 8, head_dim=128, qk_norm=True, tie_word_embeddings=True)
+    assert m.num_parameters(qwen3_06b) == 596_049_920
+
+
+def test_flops_are_counted_by_hand():
+    """2 FLOPs per multiply-add of each matmul, forward once and backward twice; attention as the full square."""
+    config = tiny().config
+    D, S = config.head_dim, 16
+    matmuls = 3 * (4 * 32 * 32 + 3 * 32 * 48) + 32 * 61
+    norms = 3 * 2 * 32 + 32  # counted by the 6 N rule though no matmul: the convention's error, small in real models
+    attention = 3 * 4 * S * D * 2  # layers x heads x (q k^T and weights v), multiply-adds per token
+    assert m.flops_per_token(config, S) == 3 * 2 * (matmuls + norms + attention)
+
+
+def test_intermediate_size_defaults_to_eight_thirds_in_steps_of_32():
+    assert ModelConfig(hidden_size=128, num_attention_heads=4).intermediate_size == 352  # 341.3 -> 352
+    assert ModelConfig(hidden_size=768, num_attention_heads=12).intermediate_size == 2048
+
+
+def test_config_survives_the_way_to_hugging_face_and_back(shape):
+    config = tiny(**shape).config
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (dict(num_attention_heads=3, head_dim=None), "hidden_size 32 is no multiple of num_attention_heads 3"),
+    (dict(num_attention_heads=4, num_key_value_heads=3), "no multiple of num_key_value_heads 3"),
+    (dict(head_dim=5), "odd"),
+    (dict(vocab_size=0), "vocab_size is 0"),
+    (dict(sliding_window=0), "at least 1"),
+    (dict(model_type="llama", qk_norm=True), "no such combination"),
+    (dict(model_type="gpt2"), "gpt2"),
+    (dict(attention="flash"), "choose eager or sdpa"),
+])
+def test_impossible_shapes_are_refused(change, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        tiny(**change)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (dict(model_type="gpt_neox"), "gpt_neox"),
+    (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(mlp_bias=True), "mlp_bias"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope scaling"),
+    (dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+])
+def test_hugging_face_settings_that_would_change_the_output_are_refused(change, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        ModelConfig.from_hf(tiny().config.to_hf() | change)
+
+
+def test_both_dialects_of_rope_theta_are_read():
+    config = tiny(rope_theta=12345.0).config.to_hf()
+    assert ModelConfig.from_hf(config).rope_theta == 12345.0
+    config.pop("rope_theta")
+    assert ModelConfig.from_hf(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}).rope_theta == 777.0
