@@ -418,6 +418,24 @@ def latest(out) -> Path | None:
         return None
 
 
+def resume_point(out, resume: str, flags: dict, fixed: set[str]) -> Path | None:
+    """The checkpoint that a stage with `--out out --resume resume` goes on from; None to start afresh.
+
+    ValueError if `none` meets a folder in use, or if one of the flags `fixed`, without which a run is not itself, is not
+    as in out/args.json.
+    """
+    out = Path(out)
+    if resume == "none":
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"--out {out} is not empty: go on from it with --resume auto, or choose another")
+        return None
+    before = read_json(out / "args.json") if (out / "args.json").exists() else flags
+    for name in sorted(fixed):
+        if flags[name] != before.get(name):
+            raise ValueError(f"--{name} {flags[name]}: the run in {out} was started with {before.get(name)}")
+    return latest(out) if resume == "auto" else find_checkpoint(resume)
+
+
 def find_checkpoint(path) -> Path:
     """A run's folder -> its newest checkpoint; a checkpoint or Hugging Face folder -> itself; else ValueError."""
     path = Path(path)

@@ -188,6 +188,30 @@ def accept_loss(history: list[float], loss: float, window: int = 50) -> list[flo
     return [*history, loss][-window:]
 
 
+def verdict(state: dict, loss: float, grad_norm: float, action: str, threshold: float) -> str:
+    """What becomes of an update: "apply", "skip" or "rollback". One that is not finite is never applied.
+
+    state (JSON-able, kept from step to step): losses (accepted ones), good_steps and bad_steps in a row, loss_scale (1
+    but for float16: halved when a gradient overflows, doubled after 1000 good steps; Micikevicius et al. 2018).
+    action: none, skip or rollback, for a loss that is_spike.
+    ValueError after 20 bad steps in a row: the weights are past help.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        state["good_steps"], state["bad_steps"] = 0, state["bad_steps"] + 1
+        state["loss_scale"] = max(state["loss_scale"] / 2, 1.0)  # so a scale of 1 stays what it is
+        if state["bad_steps"] > 20:
+            raise ValueError(f"loss or gradient were not finite {state['bad_steps']} times in a row, up to step "
+                             f"{state['step'] + 1}: go on from the last checkpoint with a lower --lr")
+        return "skip"
+    if action != "none" and is_spike(state["losses"], loss, threshold):
+        return action
+    state["losses"] = accept_loss(state["losses"], loss)
+    state["good_steps"], state["bad_steps"] = state["good_steps"] + 1, 0
+    if state["loss_scale"] > 1 and state["good_steps"] % 1000 == 0:
+        state["loss_scale"] *= 2
+    return "apply"
+
+
 # ---------------------------------------------------------------------------------------------------------- report.html
 
 TITLES = {"loss": "Loss (nats per token)", "bits_per_byte": "Bits per byte", "lr": "Learning rate",

@@ -4,8 +4,8 @@
     for each layer:   x = x + Attention(RMSNorm(x));   x = x + SwiGLU(RMSNorm(x))
     logits = RMSNorm(x) @ head.T
 
-Every piece stands here once, in reading order: RMSNorm, RoPE, masks, the KV cache, grouped-query attention, SwiGLU, the layer,
-the model, its initial weights, and its cost in parameters and FLOPs. B, S, H, D = batch, sequence, heads, head_dim.
+Each piece stands here once, in reading order: RMSNorm, RoPE, masks, KV cache, grouped-query attention, SwiGLU, layer, model,
+initial weights, cost in parameters and FLOPs. B, S, H, D = batch, sequence, heads, head_dim; T = keys, Hkv = their heads.
 
     python model.py        prints the size and cost of a few shapes
 """
@@ -13,21 +13,23 @@ the model, its initial weights, and its cost in parameters and FLOPs. B, S, H, D
 import hashlib
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+            "qwen3": "Qwen3ForCausalLM"}
 
 
 @dataclass
 class ModelConfig:
-    """The shape of a model, under the names of Hugging Face's config.json. Raises ValueError if the shape is impossible."""
+    """The shape of a model, under the names of Hugging Face's config.json. ValueError if it is impossible."""
 
     vocab_size: int = 32000
     hidden_size: int = 512
-    intermediate_size: int | None = None  # None: 8/3 * hidden_size rounded up to a multiple of 32 (as many weights as 4x GELU)
+    intermediate_size: int | None = None  # None: 8/3 * hidden_size, up to a multiple of 32 (as in a 4x GELU)
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None  # None: as many as query heads; 1: multi-query attention
@@ -45,10 +47,11 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     model_type: str | None = None  # the family in FAMILIES; None: the one that has these features
-    attention: str = "sdpa"  # "eager" is the readable truth, "sdpa" PyTorch's fused kernels; not part of config.json
+    attention: str = "sdpa"  # "eager" is the readable truth, "sdpa" PyTorch's kernels; not part of config.json
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_key_value_heads is None:
@@ -56,10 +59,12 @@ class ModelConfig:
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(8 * self.hidden_size / 3 / 32) * 32
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                             f"{self.num_key_value_heads}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}; give head_dim")
+                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                                 f"{self.num_attention_heads}; give head_dim")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
@@ -73,17 +78,18 @@ class ModelConfig:
         lacks = {"llama": self.qk_norm or self.sliding_window, "mistral": self.qk_norm or self.attention_bias,
                  "qwen2": self.qk_norm or not self.attention_bias, "qwen3": not self.qk_norm}
         if lacks.get(self.model_type, True):
-            raise ValueError(f"model_type {self.model_type!r} has no such combination of qk_norm={self.qk_norm}, attention_bias="
-                             f"{self.attention_bias}, sliding_window={self.sliding_window}; families: {', '.join(FAMILIES)}")
+            raise ValueError(f"model_type {self.model_type!r} has no such combination of qk_norm={self.qk_norm}, "
+                             f"attention_bias={self.attention_bias}, sliding_window={self.sliding_window}; "
+                             f"families: {', '.join(FAMILIES)}")
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
-        """From the dict in a Hugging Face config.json. Raises ValueError naming whatever would change the forward pass unseen."""
+        """From the dict in a Hugging Face config.json. ValueError names what would change the forward pass unseen."""
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if silent := [name for name in sizes if config.get(name) is None]:  # our defaults are not HF's; the weights might even fit
+        if silent := [name for name in sizes if config.get(name) is None]:  # our defaults are not HF's
             raise ValueError(f"config.json: {', '.join(silent)} must be given")
         values = {f.name: config[f.name] for f in fields(cls) if f.name in config and f.name != "attention"}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the newer and the older dialect
@@ -93,17 +99,18 @@ class ModelConfig:
             values["attention_bias"] = True  # on q, k and v; its config.json does not say so
         if family.startswith("qwen") and not config.get("use_sliding_window", False):
             values["sliding_window"] = None
-        plain = {"hidden_act": ("silu",), "mlp_bias": (False,), "max_window_layers": (0, None) if values.get("sliding_window") else None}
+        plain = {"hidden_act": ("silu",), "mlp_bias": (False,)}
+        if values.get("sliding_window"):
+            plain["max_window_layers"] = (0, None)  # the first layers without a window: none
         for name, allowed in plain.items():
-            if allowed and config.get(name, allowed[0]) not in allowed:
+            if config.get(name, allowed[0]) not in allowed:
                 raise ValueError(f"config.json: {name} = {config[name]!r} is not supported; it must be {allowed[0]!r}")
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"config.json: rope scaling {rope} is not supported yet")
         layer_types = set(config.get("layer_types") or [])
         if layer_types - {"sliding_attention" if values.get("sliding_window") else "full_attention"}:
-            raise ValueError(f"config.json: layer_types {sorted(layer_types)} is not supported; all layers must be alike")
-        defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}  # HF's, where a file is silent
-        return cls(**{**defaults, **values})
+            raise ValueError(f"config.json: layer_types {sorted(layer_types)}: not supported; all must be alike")
+        return cls(**{"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | values)  # HF's, where a file is silent
 
     def to_hf(self) -> dict:
         """The dict to write as config.json: what transformers needs to rebuild this very model."""
@@ -113,10 +120,12 @@ class ModelConfig:
         if self.model_type == "qwen2":
             config.pop("attention_bias")
         if self.model_type.startswith("qwen"):
-            config |= {"use_sliding_window": self.sliding_window is not None, "max_window_layers": 0 if self.sliding_window else self.num_hidden_layers}
+            config["use_sliding_window"] = self.sliding_window is not None
+            config["max_window_layers"] = 0 if self.sliding_window else self.num_hidden_layers
         elif self.model_type == "llama":
             config.pop("sliding_window")
-        return {"architectures": [FAMILIES[self.model_type]], "hidden_act": "silu", "rope_scaling": None, "torch_dtype": "float32"} | config
+        return {"architectures": [FAMILIES[self.model_type]], "hidden_act": "silu", "rope_scaling": None,
+                "torch_dtype": "float32"} | config
 
 
 class RMSNorm(nn.Module):
@@ -149,9 +158,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def segment_starts(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
-    """For every token of the flattened (B, S) the index of its document's first token, row ends being boundaries: (B, S).
+    """For each token of the flattened (B, S) the index of its document's first token, row ends being boundaries: (B, S).
 
-    cu_seqlens (n + 1,) int32 rising from 0 to B * S, as in flash-attention. Two tokens of a row may see each other iff these agree.
+    cu_seqlens (n + 1,) int32 rising from 0 to B * S, as in flash-attention. Tokens see each other only where these agree.
     """
     token = torch.arange(batch * length, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
@@ -159,7 +168,7 @@ def segment_starts(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
 
 
 def attention_mask(length: int, window: int | None, starts: Tensor | None, device) -> Tensor | None:
-    """Who sees whom: True where query i may see key j. (S, S), or (B, 1, S, S) with documents; None when it is plain causal."""
+    """True where query i may see key j: (S, S), or (B, 1, S, S) with documents; None when it is plain causal."""
     if window is None and starts is None:
         return None
     i, j = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
@@ -174,8 +183,8 @@ def attention_mask(length: int, window: int | None, starts: Tensor | None, devic
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated; the rows of a batch may differ in length.
 
-    The token at position p of a row lies in slot p. To feed prompts of different lengths, pad them on the right, run them, then
-    call `set_lengths` with the true ones: the padding's slots lie beyond the length, unseen, until real tokens overwrite them.
+    The token at position p of a row lies in slot p. To feed prompts of different lengths, pad them on the right, run them,
+    then call `set_lengths` with the true ones: the padding lies beyond them, unseen, until real tokens overwrite it.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype=torch.float32, device="cpu"):
@@ -191,7 +200,7 @@ class KVCache:
         self.longest = int(lengths.max())  # kept in Python, so that no step waits for the GPU
 
     def reserve(self, new: int) -> tuple[Tensor, Tensor]:
-        """Make room for `new` tokens per row: their slots (B, new), and the mask (B, 1, new, slots in use) they attend with."""
+        """Make room for `new` tokens per row: their slots (B, new), and their mask (B, 1, new, slots in use)."""
         if self.longest + new > self.k.shape[2]:
             raise ValueError(f"the KV cache holds {self.k.shape[2]} tokens per row; {self.longest + new} are needed")
         slots = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
@@ -213,10 +222,11 @@ class KVCache:
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v, written out: the truth that every faster attention is tested against.
 
-    q (B, S, H, D); k, v (B, T, Hkv, D), query head h reading key head h // (H / Hkv); mask as in attention_mask -> (B, S, H, D).
+    q (B, S, H, D); k, v (B, T, Hkv, D), query head h reading key head h // (H / Hkv); mask: see attention_mask -> as q.
     """
     groups = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.repeat_interleave(groups, 2).transpose(1, 2), v.repeat_interleave(groups, 2).transpose(1, 2)
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # (B, T, H, D)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, S, T)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -228,8 +238,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """The same through PyTorch's scaled_dot_product_attention, which picks a fused kernel."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=grouped).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -247,7 +257,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None) -> Tensor:
         B, S, _ = x.shape
         D = self.config.head_dim
         q = self.q_proj(x).view(B, S, -1, D)  # (B, S, H, D)
@@ -255,7 +265,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, S, -1, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope).to(v.dtype), apply_rope(k, *rope).to(v.dtype)  # under autocast a norm returns float32
+        q, k = apply_rope(q, *rope).to(v.dtype), apply_rope(k, *rope).to(v.dtype)  # a norm under autocast gives float32
         if cache is not None:
             k, v = cache.update(self.layer, slots, k, v)
         attend = eager_attention if self.config.attention == "eager" else sdpa_attention
@@ -292,7 +302,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, layers, final norm. `activation_checkpointing` ("none", "selective", "full") trades memory for recomputation."""
+    """Embedding, layers, final norm. `activation_checkpointing` (none, selective, full) trades time for memory."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -315,7 +325,7 @@ class Transformer(nn.Module):
             if slots is not None:
                 position_ids = slots  # (B, S): each row goes on where it stands
             elif starts is not None:
-                position_ids = torch.arange(B * S, device=input_ids.device).view(B, S) - starts  # restart in each document
+                position_ids = torch.arange(B * S, device=starts.device).view(B, S) - starts  # restart in each document
         x = self.embed_tokens(input_ids)  # (B, S, hidden)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
@@ -329,8 +339,8 @@ class Transformer(nn.Module):
 def checkpointed(layer: nn.Module, x: Tensor, rope, mask, selective: bool) -> Tensor:
     """Run a layer without keeping its activations; backward computes them again (Chen et al. 2016).
 
-    Full: keeps only the layer's input. Selective (Korthikanti et al. 2022): keeps what is dear to compute, the outputs of matmuls
-    and of attention, and recomputes norms, RoPE and SwiGLU's pointwise part.
+    Full: keeps only the layer's input. Selective (Korthikanti et al. 2022): keeps what is dear to compute, the outputs of
+    matmuls and of attention, and recomputes norms, RoPE and SwiGLU's pointwise part.
     """
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
     if not selective:
@@ -340,11 +350,12 @@ def checkpointed(layer: nn.Module, x: Tensor, rope, mask, selective: bool) -> Te
         dear = any(name in str(operator) for name in ("aten.mm.", "aten.addmm.", "aten.bmm.", "scaled_dot_product"))
         return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return checkpoint(layer, x, rope, mask, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(layer, x, rope, mask, use_reentrant=False, context_fn=contexts)
 
 
 class CausalLM(nn.Module):
-    """The language model: logits of the next token at every position. Initial weights are set by `seed` (see initialize)."""
+    """The language model: logits of the next token at every position; initial weights by `seed` (see initialize)."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
@@ -373,8 +384,8 @@ class CausalLM(nn.Module):
 def initialize(model: CausalLM, seed: int) -> None:
     """Normal(0, initializer_range) weights, zero biases, norms of one. Depends on (seed, name, shape) alone.
 
-    The two projections that write into the residual stream are scaled by 1 / sqrt(2 layers), so that its variance does not grow
-    with depth (Radford et al. 2019, section 2.3). A parameter's numbers do not depend on which others exist, or where they live.
+    The two projections that write into the residual stream are scaled by 1 / sqrt(2 layers), so that its variance does not
+    grow with depth (Radford et al. 2019, section 2.3). No number depends on which other parameters there are, or where.
     """
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
@@ -391,7 +402,7 @@ def initialize(model: CausalLM, seed: int) -> None:
 
 
 def num_parameters(config: ModelConfig, embedding: bool = True) -> int:
-    """How many weights the model has; `embedding=False` leaves out a table that is only looked up (so a tied one counts)."""
+    """How many weights the model has; `embedding=False` leaves out a table that is only looked up (a tied one is not)."""
     c, D = config, config.head_dim
     attention = 2 * c.hidden_size * D * (c.num_attention_heads + c.num_key_value_heads)
     biases = (c.num_attention_heads + 2 * c.num_key_value_heads) * D + (c.hidden_size if c.model_type != "qwen2" else 0)
@@ -404,13 +415,14 @@ def num_parameters(config: ModelConfig, embedding: bool = True) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Training FLOPs per token, forward and backward, recomputation not counted: 6 N + 12 L H D S (PaLM, appendix B).
 
-    N counts the head and not the looked-up table; attention counts the full square, though half of it is masked, as is customary.
+    N counts the head and not the looked-up table; attention counts the full square, though half is masked, as is customary.
     """
-    return 6 * num_parameters(config, embedding=False) + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 6 * num_parameters(config, embedding=False) + attention
 
 
 if __name__ == "__main__":
-    for hidden, layers, heads, kv_heads, vocab in ((128, 4, 4, 2, 4096), (768, 12, 12, 12, 50304), (4096, 32, 32, 8, 128256)):
-        shape = ModelConfig(vocab, hidden, None, layers, heads, kv_heads)
-        print(f"hidden {hidden:5} layers {layers:3} heads {heads:3}/{kv_heads:<3} vocabulary {vocab:7}: "
-              f"{num_parameters(shape):14,} parameters, {flops_per_token(shape, 2048) / 1e9:7.2f} GFLOP per trained token")
+    for name, shape in (("a toy", ModelConfig(1024, 128, None, 5, 4, 2, qk_norm=True, tie_word_embeddings=True)),
+                        ("GPT-2's shape", ModelConfig(50304, 768, None, 12, 12, tie_word_embeddings=True)),
+                        ("Llama 3 8B", ModelConfig(128256, 4096, 14336, 32, 32, 8))):
+        print(f"{name:14} {num_parameters(shape):14,} parameters, {flops_per_token(shape, 2048) / 1e9:8.3f} GFLOP per token")

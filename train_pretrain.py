@@ -1,19 +1,18 @@
 """Pretraining: a base model from raw text, by next-token prediction.
 
-    loss = - sum over counted tokens of log p(token | the tokens before it) / number of counted tokens of the global batch
+    loss = sum of -log p(token | the tokens before it) over the global batch / number of its counted tokens
 
-    python train_pretrain.py                                             # the embedded corpus, about a million weights, on a CPU
+    python train_pretrain.py                                     # the embedded corpus, a million weights, on a CPU
     python train_pretrain.py --data my.txt --tokenizer char --max_steps 2000
     python train_pretrain.py --data corpus/ --preset 124m --dtype bfloat16 --compile --out out/124m
-    python train_pretrain.py --out out/124m --resume auto                # go on after a crash or Ctrl-C, to the bit (with the same flags)
+    python train_pretrain.py --data corpus/ ... --out out/124m --resume auto       # go on after a crash or Ctrl-C
     python train_pretrain.py --model some/hf_folder --data new.jsonl --replay old.jsonl --replay_fraction 0.2
 
-Order of the file: the flags, the presets, the loss, set-up, one function per event of the loop, and the loop itself in `main`.
-All randomness is a function of (seed, step), so that a resumed run repeats the undisturbed one bit by bit.
+Flags, presets, loss, checks, what happens to a bad loss; then the loop, in `main`. All randomness is a function of
+(seed, step), so a resumed run repeats the undisturbed one to the bit.
 """
 
 import contextlib
-import json
 import math
 import signal
 import time
@@ -37,205 +36,164 @@ from optim import build_optimizer, clip_grad_norm, learning_rate
 
 @dataclass
 class Args:
-    data: list[str] = field(default_factory=lambda: ["stdlib"])  # text, Markdown, Python or JSONL files, folders, a prepared folder, or stdlib
+    # data and run
+    data: list[str] = field(default_factory=lambda: ["stdlib"])  # text, Python, JSONL; folders; shards; stdlib
     val_data: list[str] = field(default_factory=list)  # held-out text of its own, instead of a part of --data
-    val_fraction: float = 0.1  # how much of --data is held out: the tail of a single file, else whole documents
-    tokenizer: str = ""  # a tokenizer file or folder, or `char`; empty trains a BPE of --vocab_size on the training split
-    vocab_size: int = 2048  # size of the trained BPE, special tokens included
+    val_fraction: float = 0.1  # share of --data that is held out: the tail of a single file, else whole documents
+    tokenizer: str = ""  # a tokenizer's file or folder, or char; empty: train a BPE on the training split
+    vocab_size: int = 2048  # size of the BPE to train, special tokens included
     seq_len: int = 256  # input positions per sequence, each with a target
     document_mask: bool = True  # tokens see their own document only, and positions restart in each
-    replay: list[str] = field(default_factory=list)  # old text to mix in when training goes on from --model
-    replay_fraction: float = 0.1  # share of the sequences drawn from --replay
     out: str = "out/pretrain"  # folder of the run
-    resume: str = "none"  # none: --out must be empty; auto: go on from its latest checkpoint; or a checkpoint folder
-    # model: --model continues from a folder; else --preset, with single fields overridden by the flags below
-    model: str = ""  # folder of a model to go on from, ours or Hugging Face's
-    preset: str = "1m"  # shape of a new model: 1m 10m 124m 350m 1b 3b 8b
+    resume: str = "none"  # none: --out must be empty; auto: go on from its latest checkpoint; or a checkpoint's folder
+    # model
+    model: str = ""  # go on training this model's folder, ours or Hugging Face's, instead of a new one
+    replay: list[str] = field(default_factory=list)  # old text to mix in while doing so
+    replay_fraction: float = 0.1  # share of the sequences that come from --replay
+    preset: str = "1m"  # shape of a new model: 1m 10m 124m 350m 1b 3b 8b; the flags below override single numbers
     hidden_size: int | None = None  # width of the residual stream
-    intermediate_size: int | None = None  # width of the SwiGLU
+    intermediate_size: int | None = None  # width inside the SwiGLU
     num_hidden_layers: int | None = None  # depth
     num_attention_heads: int | None = None  # query heads
     num_key_value_heads: int | None = None  # key and value heads
     head_dim: int | None = None  # width of a head
-    rope_theta: float | None = None  # base wavelength of RoPE
+    rope_theta: float | None = None  # base of RoPE's wavelengths
     sliding_window: int | None = None  # how many tokens a token sees, itself included
-    qk_norm: bool | None = None  # normalise each head's query and key
-    attention_bias: bool | None = None  # biases on the attention's projections
-    tie_word_embeddings: bool | None = None  # one table for embedding and head
-    attention_dropout: float | None = None  # dropout on the attention weights
+    qk_norm: bool | None = None  # normalise the query and key of each head
+    attention_bias: bool | None = None  # biases in the attention's projections
+    tie_word_embeddings: bool | None = None  # one table serves as embedding and head
+    attention_dropout: float | None = None  # dropout of attention weights
     initializer_range: float | None = None  # standard deviation of the initial weights
     # optimization
     global_batch_size: int = 16  # sequences per update
-    micro_batch_size: int = 16  # sequences per forward pass (and data-parallel rank); the rest is accumulated
+    micro_batch_size: int = 16  # sequences per forward pass and data-parallel rank; gradients accumulate over the rest
     max_steps: int = 1000  # number of updates
     optimizer: Literal["adamw", "muon", "lion", "adafactor", "adamw8bit"] = "adamw"  # see optim.py
     lr: float = 3e-3  # peak learning rate
-    min_lr: float = 0.0  # learning rate at the last step
+    min_lr: float = 0.0  # learning rate of the last update
     warmup_steps: int = 50  # updates of linear warm-up
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # shape of the learning rate after the warm-up
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # the learning rate after the warm-up
     weight_decay: float = 0.1  # decoupled, on matrices only
-    beta1: float = 0.9  # decay of the gradient's moving average
-    beta2: float = 0.95  # decay of the squared gradient's moving average
-    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
-    spike_action: Literal["none", "skip", "rollback"] = "none"  # at a loss spike: skip the update, or return to the last checkpoint at half the rate
-    spike_threshold: float = 6.0  # a spike is this many standard deviations above the last 50 losses
-    early_stopping: int = 0  # stop after this many evaluations without a better loss; 0 = never
+    beta1: float = 0.9  # decay of the average gradient (not in muon, adafactor)
+    beta2: float = 0.95  # decay of the average squared gradient (not in adafactor)
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    spike_action: Literal["none", "skip", "rollback"] = "none"  # rollback: to the last checkpoint, half --lr
+    spike_threshold: float = 6.0  # a spike lies this many standard deviations above the mean of the last 50 losses
+    early_stopping: int = 0  # stop after so many evaluations without a better loss; 0: never
     # execution
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"  # bfloat16 and float16: float32 weights under autocast
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"  # 16 bits: by autocast
     attention: Literal["eager", "sdpa", "triton"] = "sdpa"  # eager is the readable one
     kernels: Literal["torch", "triton"] = "torch"  # the other fused operations
     compile: bool = False  # torch.compile the model
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations in backward to save memory
-    dp: int = 0  # data-parallel degree; 0 = all processes that the other degrees leave
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations to save memory
+    dp: int = 0  # data-parallel degree; 0: all processes that the other degrees leave
     tp: int = 1  # tensor-parallel degree
     pp: int = 1  # pipeline-parallel degree
     cp: int = 1  # context-parallel degree
     ep: int = 1  # expert-parallel degree
     zero: int = 0  # ZeRO stage
-    seed: int = 0  # of the initial weights and the data order
+    seed: int = 0  # of initial weights, data order, dropout and samples
     # reporting
     log_every: int = 10  # updates between rows of metrics.jsonl
-    eval_every: int = 250  # updates between evaluations; 0 = never
-    save_every: int = 250  # updates between checkpoints; 0 = only the last
-    keep_last: int = 2  # checkpoints kept, beside the best one; 0 = all
-    sample_prompt: list[str] = field(default_factory=lambda: ["def ", "import ", "The "])  # prompts of the samples at the end
-    sample_tokens: int = 64  # length of each sample; 0 = no samples
+    eval_every: int = 250  # updates between evaluations; 0: never
+    save_every: int = 250  # updates between checkpoints; 0: only the last
+    keep_last: int = 2  # how many checkpoints stay, besides the best; 0: all
+    sample_prompt: list[str] = field(default_factory=lambda: [""] * 3)  # what the final samples go on from
+    sample_tokens: int = 64  # length of a sample; 0: none
 
 
-PRESETS = {  # the name is the size with the vocabulary that usually goes with it
-    "1m": dict(hidden_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, qk_norm=True),
-    "10m": dict(hidden_size=320, num_hidden_layers=8, num_attention_heads=5, num_key_value_heads=5, tie_word_embeddings=True, qk_norm=True),
-    "124m": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, tie_word_embeddings=True),  # GPT-2
-    "350m": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, tie_word_embeddings=True),  # GPT-2 medium
-    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-               rope_theta=500000.0, tie_word_embeddings=True),  # Llama 3.2 1B
-    "3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-               rope_theta=500000.0, tie_word_embeddings=True),  # Llama 3.2 3B
-    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-               rope_theta=500000.0),  # Llama 3 8B
-}
-LATER = dict(optimizer="adamw8bit", attention="triton", kernels="triton")  # named in the contract of flags; the parts do not stand yet
-HALF = dict(bfloat16=torch.bfloat16, float16=torch.float16)
+PRESETS = {  # named after the size with the vocabulary that usually goes with the shape
+    name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "rope_theta", "qk_norm", "tie_word_embeddings"), shape)) for name, shape in {
+        "1m": (128, 352, 5, 4, 2, 1e4, True, True),
+        "10m": (320, 864, 7, 5, 5, 1e4, True, True),
+        "124m": (768, 2048, 12, 12, 12, 1e4, False, True),
+        "350m": (1024, 2752, 24, 16, 16, 1e4, False, True),
+        "1b": (2048, 8192, 16, 32, 8, 5e5, False, True),    # Llama 3.2 1B
+        "3b": (3072, 8192, 28, 24, 8, 5e5, False, True),    # Llama 3.2 3B
+        "8b": (4096, 14336, 32, 32, 8, 5e5, False, False),  # Llama 3 8B
+    }.items()}
+SHAPE = {f.name for f in fields(Args)} & {f.name for f in fields(ModelConfig)} - {"vocab_size", "attention"}
+# A run is only itself with the same values of these; the other flags may change when it is resumed.
+FIXED = SHAPE | {"data", "val_data", "val_fraction", "tokenizer", "vocab_size", "seq_len", "document_mask", "model",
+                 "replay", "replay_fraction", "preset", "global_batch_size", "optimizer", "seed"}
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy in nats: logits (B, S, V), labels (B, S) already aligned, -100 = not counted -> scalar."""
+    """Summed cross-entropy in nats: logits (B, S, V), aligned labels (B, S), -100 = not counted -> scalar."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 def check(args: Args) -> None:
     """Refuse what cannot work before any data is read. Raises ValueError with one line."""
-    for name, value in LATER.items():
-        if getattr(args, name) == value:
-            raise ValueError(f"--{name} {value} is not available yet")
-    for name in ("dp", "tp", "pp", "cp", "ep", "zero"):
-        if getattr(args, name) > (0 if name == "zero" else 1):
-            raise ValueError(f"--{name} {getattr(args, name)} is not available yet: one process for now")
-    for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every", "tp", "pp", "cp", "ep"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: it must be at least 1")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "spike_threshold", "early_stopping", "dp", "zero",
+    def expect(true: bool, name: str, rule: str) -> None:
+        if not true:
+            raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
+
+    for name, later in dict(optimizer="adamw8bit", attention="triton", kernels="triton").items():
+        expect(getattr(args, name) != later, name, "not available yet")
+    for name, degrees in dict(dp=(0, 1), tp=(1,), pp=(1,), cp=(1,), ep=(1,), zero=(0,)).items():
+        expect(getattr(args, name) in degrees, name, "not available yet: training is one process for now")
+    for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
+        expect(getattr(args, name) >= 1, name, "must be at least 1")
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "spike_threshold", "early_stopping",
                  "eval_every", "save_every", "keep_last", "sample_tokens"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(args, name)}: it must not be negative")
-    if not 0 < args.val_fraction < 1 and not args.val_data:
-        raise ValueError(f"--val_fraction {args.val_fraction}: it must lie between 0 and 1")
-    if not 0 <= args.replay_fraction < 1:
-        raise ValueError(f"--replay_fraction {args.replay_fraction}: it must lie in [0, 1)")
-    if args.global_batch_size % args.micro_batch_size:
-        raise ValueError(f"--global_batch_size {args.global_batch_size} is no multiple of --micro_batch_size {args.micro_batch_size}")
-    if args.early_stopping and not args.eval_every:
-        raise ValueError("--early_stopping needs evaluations: give --eval_every")
-    if args.spike_action == "rollback" and not args.save_every:
-        raise ValueError("--spike_action rollback needs checkpoints: give --save_every")
-    if args.preset not in PRESETS:
-        raise ValueError(f"--preset {args.preset}: choose from {', '.join(PRESETS)}")
+        expect(0 <= getattr(args, name) < math.inf, name, "must be at least 0")
+    for name in ("beta1", "beta2", "replay_fraction"):
+        expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
+    expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
+    expect(args.global_batch_size % args.micro_batch_size == 0, "global_batch_size", "not a multiple of --micro_batch_size")
+    expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
+    expect(args.spike_action != "rollback" or args.save_every, "spike_action", "needs checkpoints: set --save_every")
+    expect(args.preset in PRESETS, "preset", f"choose from {', '.join(PRESETS)}")
     metrics.detect_device(args.device)
-    if not args.model:
+    if args.model:
+        for name in sorted(SHAPE):
+            expect(getattr(args, name) is None, name, f"the shape is that of --model {args.model}")
+    else:
         model_config(args, args.vocab_size)
 
 
 def model_config(args: Args, vocab_size: int) -> ModelConfig:
     """The preset's shape with the flags that were given laid over it."""
-    names = {f.name for f in fields(ModelConfig)} & {f.name for f in fields(Args)} - {"vocab_size", "attention"}
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    shape = dict(PRESETS[args.preset]) | given
-    if "num_attention_heads" in given and "num_key_value_heads" not in given:
-        shape.pop("num_key_value_heads", None)  # the preset's count belongs to the preset's heads
-    return ModelConfig(vocab_size=vocab_size, max_position_embeddings=args.seq_len, attention=args.attention, **shape)
-
-
-def resume_point(args: Args) -> Path | None:
-    """The checkpoint to go on from, after comparing its flags with ours; None starts afresh. Raises ValueError."""
-    out = Path(args.out)
-    if args.resume == "none":
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty; go on from it with --resume auto, or choose another --out")
-        return None
-    found = checkpoint.latest(out) if args.resume == "auto" else checkpoint.find_checkpoint(args.resume)
-    if found is None or not (out / "args.json").exists():
-        return found  # --resume auto before the first checkpoint: start again
-    before = json.loads((out / "args.json").read_text())
-    fixed = ("data", "val_data", "val_fraction", "tokenizer", "vocab_size", "seq_len", "global_batch_size", "seed", "replay",
-             "replay_fraction", "document_mask", "optimizer", "model", "preset", *(f.name for f in fields(ModelConfig)))
-    for name in fixed:
-        if hasattr(args, name) and name != "attention" and getattr(args, name) != before.get(name):
-            raise ValueError(f"--{name} {getattr(args, name)}: {out} was started with {before.get(name)}; resume with the same")
-    return found
+    given = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    shape = dict(PRESETS[args.preset])
+    if "hidden_size" in given:
+        del shape["intermediate_size"]  # the preset's is for its own width
+    if "num_attention_heads" in given:
+        del shape["num_key_value_heads"]
+    return ModelConfig(vocab_size, max_position_embeddings=args.seq_len, attention=args.attention, **(shape | given))
 
 
 def build_model(args: Args, tokenizer) -> CausalLM:
-    """A new model, or the one of --model; float32 weights (float64 under --dtype float64)."""
+    """A new model, or the one of --model, with float32 weights (float64 under --dtype float64)."""
+    dtype = torch.float64 if args.dtype == "float64" else torch.float32
     if not args.model:
-        model = CausalLM(model_config(args, tokenizer.vocab_size), seed=args.seed)
+        model = CausalLM(model_config(args, tokenizer.vocab_size), args.seed).to(dtype)
     else:
-        model = checkpoint.load_model(checkpoint.find_checkpoint(args.model), dtype=torch.float32, attention=args.attention)
+        model = checkpoint.load_model(checkpoint.find_checkpoint(args.model), dtype=dtype, attention=args.attention)
         if model.config.vocab_size < tokenizer.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {args.model} {model.config.vocab_size}")
-        if model.config.max_position_embeddings < args.seq_len:
-            raise ValueError(f"--seq_len {args.seq_len}: {args.model} was trained for {model.config.max_position_embeddings} positions")
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, {args.model} {model.config.vocab_size}")
+        if model.config.max_position_embeddings < (S := args.seq_len):
+            raise ValueError(f"--seq_len {S}: {args.model} knows {model.config.max_position_embeddings} positions")
     model.model.activation_checkpointing = args.activation_checkpointing
-    return model.to(torch.float64 if args.dtype == "float64" else torch.float32).train()
+    return model.train()
 
 
-def write_samples(args: Args, model: CausalLM, tokenizer, step: int) -> None:
-    """Let the model speak, for the report."""
-    if args.sample_tokens:
-        texts = generate_text(model, tokenizer, args.sample_prompt, max_new_tokens=args.sample_tokens, temperature=0.8, top_p=0.95, seed=args.seed)
-        samples = [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(args.sample_prompt, texts)]
-        (Path(args.out) / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def evaluate(args: Args, model: CausalLM, shards: Path, index: dict, step: int) -> dict:
+def evaluate(args: Args, model: CausalLM, index: dict, autocast, step: int) -> dict:
     """A row of metrics.jsonl: loss per token and bits per byte over all held-out windows."""
-    batches = eval_batches(shards, "val", args.seq_len, args.micro_batch_size)
-    total = evaluate_loss(model, ((ids, labels, cu if args.document_mask else None) for ids, labels, cu in batches))
+    batches = eval_batches(index["directory"], "val", args.seq_len, args.micro_batch_size)
+    masked = ((ids, labels, cu_seqlens if args.document_mask else None) for ids, labels, cu_seqlens in batches)
+    total = evaluate_loss(model, masked, autocast)
     return {"kind": "eval", "step": step, "loss": total["nats"] / total["tokens"],
             "bits_per_byte": bits_per_byte(total["nats"], index["splits"]["val"]["bytes"])}
 
 
-def verdict(args: Args, state: dict, loss: float, grad_norm: float) -> str:
-    """What becomes of an update: "apply", "skip" or "rollback"; keeps the books on `state`. A NaN is never applied."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        state["bad_steps"] += 1
-        state["loss_scale"], state["good_steps"] = max(state["loss_scale"] / 2, 1.0), 0  # float16 overflowed: scale less
-        if state["bad_steps"] > 25:
-            raise ValueError(f"loss or gradient was not finite {state['bad_steps']} times in a row (step {state['step']}): lower --lr, or "
-                             f"set --grad_clip; the last good checkpoint is {checkpoint.latest(Path(args.out))}")
-        return "skip"
-    if args.spike_action != "none" and metrics.is_spike(state["losses"], loss, args.spike_threshold):
-        return args.spike_action
-    state["losses"] = (state["losses"] + [loss])[-50:]
-    state["bad_steps"], state["good_steps"] = 0, state["good_steps"] + 1
-    if args.dtype == "float16" and state["good_steps"] % 1000 == 0:
-        state["loss_scale"] *= 2
-    return "apply"
-
-
 def catch_signals() -> list[int]:
-    """From now on Ctrl-C and SIGTERM fill the list that is returned, for the loop to see; the second Ctrl-C stops at once."""
+    """From now on Ctrl-C and SIGTERM fill the list, for the loop to look at; a second one stops at once."""
     caught = []
 
     def handler(number, frame):
@@ -243,130 +201,143 @@ def catch_signals() -> list[int]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
     return caught
 
 
-def main() -> None:
-    args = parse(Args, __doc__)
+def main(argv: list[str] | None = None) -> None:
+    args = parse(Args, __doc__, argv)
     check(args)
     out, device = Path(args.out), metrics.detect_device(args.device)
     log = out / "metrics.jsonl"
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "best_step": None, "best_loss": None, "evals_since_best": 0, "stopped": False,
-             "lr_scale": 1.0, "loss_scale": 2.0**16 if args.dtype == "float16" else 1.0, "good_steps": 0, "bad_steps": 0, "losses": []}
-    resume_from = resume_point(args)
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "stopped": False,
+             "best_step": None, "best_loss": None, "evals_since_best": 0, "lr_scale": 1.0,
+             "losses": [], "good_steps": 0, "bad_steps": 0, "loss_scale": 2.0**16 if args.dtype == "float16" else 1.0}
+    resume_from = checkpoint.resume_point(out, args.resume, asdict(args), FIXED)
     if resume_from:
         state = checkpoint.read_state(resume_from)
         if state["stopped"] or state["step"] >= args.max_steps:
-            print(f"{resume_from} is finished ({state['step']} steps): nothing to do")
+            print(f"{resume_from}: finished after {state['step']} steps, nothing to do")
             return
 
     # Data, model, optimizer.
-    special = dict(data=args.data, val_data=args.val_data, val_fraction=args.val_fraction, vocab_size=args.vocab_size)
-    source = str(checkpoint.find_checkpoint(args.model)) if args.model and not args.tokenizer else args.tokenizer
-    tokenizer, index = prepare(out / "data", tokenizer=source, **special)
-    shards, replay = Path(index["directory"]), None
-    if args.replay:
-        replay = prepare(out / "replay", data=args.replay, val_fraction=0.0, tokenizer=shards)[1]["directory"]
-    loader = Loader(shards, "train", seq_len=args.seq_len, global_batch_size=args.global_batch_size, micro_batch_size=args.micro_batch_size,
-                    seed=args.seed, replay=replay, replay_fraction=args.replay_fraction if replay else 0.0)
+    source = args.tokenizer or (str(checkpoint.find_checkpoint(args.model)) if args.model else None)
+    tokenizer, index = prepare(out / "data", data=args.data, val_data=args.val_data, val_fraction=args.val_fraction,
+                               tokenizer=source, vocab_size=args.vocab_size)
+    for prompt in args.sample_prompt:
+        tokenizer.encode(prompt)  # a character that it does not know is told now, not after the training
+    replay = None
+    if args.replay and args.replay_fraction:
+        _, replay = prepare(out / "replay", data=args.replay, val_fraction=0.0, tokenizer=index["directory"])
+    loader = Loader(index["directory"], "train", seq_len=args.seq_len, global_batch_size=args.global_batch_size,
+                    micro_batch_size=args.micro_batch_size, seed=args.seed, replay=replay and replay["directory"],
+                    replay_fraction=args.replay_fraction if replay else 0.0)
     model = build_model(args, tokenizer).to(device)
-    optimizer = build_optimizer(args.optimizer, model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay, betas=(args.beta1, args.beta2))
+    optimizer = build_optimizer(args.optimizer, model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                                betas=(args.beta1, args.beta2))
     forward = torch.compile(model) if args.compile else model
     autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()
-    flops = flops_per_token(model.config, args.seq_len)
-    peak = metrics.peak_flops(device, args.dtype) or metrics.measured_peak_flops(args.dtype)
-    print(f"{num_parameters(model.config):,} parameters · {index['splits']['train']['tokens']:,} training tokens · {device} · {args.dtype} · "
-          f"attention {args.attention} · kernels {args.kernels} · peak {peak / 1e12:.3g} TFLOP/s{' (measured)' if device.type == 'cpu' else ''}")
+    flops, on_cpu = flops_per_token(model.config, args.seq_len), device.type == "cpu"
+    peak = metrics.measured_peak_flops(args.dtype) if on_cpu else metrics.peak_flops(device, args.dtype)
+    print(f"{num_parameters(model.config):,} parameters, {index['splits']['train']['tokens']:,} training tokens, "
+          f"{device}, {args.dtype}, attention {args.attention}, kernels {args.kernels}, peak "
+          + (f"{peak / 1e12:.3g} TFLOP/s {'measured' if on_cpu else 'published'}" if peak else "unknown"))
 
-    if resume_from:
-        state = checkpoint.load_checkpoint(resume_from, model, optimizer)
+    def restore(folder: Path) -> dict:
+        state = checkpoint.load_checkpoint(folder, model, optimizer)
         loader.load_state_dict({"step": state["step"]})
-        print(f"resumed from {resume_from}")
-    out.mkdir(parents=True, exist_ok=True)
-    metrics.drop_rows_after(log, state["step"] if resume_from else -1)
-    checkpoint.write_json(out / "args.json", asdict(args))
-    if args.eval_every and not resume_from:
-        metrics.append_row(log, evaluate(args, model, shards, index, 0))
+        metrics.drop_rows_after(log, state["step"])
+        print(f"going on from {folder}")
+        return state
 
     def save() -> Path:
         best = [] if state["best_step"] is None else [state["best_step"]]
-        return checkpoint.save_checkpoint(out, state["step"], model=model, optimizer=optimizer, tokenizer=tokenizer, state=state,
-                                          keep_last=args.keep_last, keep=best)
+        return checkpoint.save_checkpoint(out, state["step"], model=model, optimizer=optimizer, tokenizer=tokenizer,
+                                          state=state, keep_last=args.keep_last, keep=best)
 
+    out.mkdir(parents=True, exist_ok=True)
+    if resume_from:
+        state = restore(resume_from)
+    else:
+        metrics.drop_rows_after(log, -1)  # of a run that was killed before its first checkpoint
+    checkpoint.write_json(out / "args.json", asdict(args))
+    if args.eval_every and not resume_from:
+        metrics.append_row(log, evaluate(args, model, index, autocast, 0))
     caught = catch_signals()
-    window_tokens, window_seconds = 0, 0.0  # since the last row
+    window_tokens, window_seconds = 0, 0.0  # since the last row of the log
     while state["step"] < args.max_steps and not state["stopped"]:
         if caught:
-            raise KeyboardInterrupt(f"interrupted; saved {save()}; the same command with --resume auto goes on from there")
+            raise KeyboardInterrupt(f"interrupted; {save()} is saved: the same command with --resume auto goes on")
         start = time.perf_counter()
-        torch.manual_seed(args.seed * 1_000_003 + state["step"])  # dropout too depends on (seed, step) alone
+        torch.manual_seed(args.seed * 1_000_003 + state["step"])  # dropout, too, depends on (seed, step) alone
         lr = state["lr_scale"] * learning_rate(state["step"], schedule=args.schedule, lr=args.lr, min_lr=args.min_lr,
                                                warmup_steps=args.warmup_steps, max_steps=args.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward, micro batch by micro batch; every counted token of the global batch weighs the same.
+        # Forward and backward, one micro batch after the other: each counted token of the global batch weighs the same.
         micro_batches = next(loader)
         counted = max(1, sum(int((labels != -100).sum()) for _, labels, _ in micro_batches))
         loss = torch.zeros((), device=device)
         for input_ids, labels, cu_seqlens in micro_batches:
-            plain = not args.document_mask or len(cu_seqlens) == len(input_ids) + 1  # no boundary inside a row: causal is enough
+            whole = not args.document_mask or len(cu_seqlens) == len(input_ids) + 1  # no document begins inside a row
             with autocast:
-                logits = forward(input_ids.to(device), cu_seqlens=None if plain else cu_seqlens.to(device))
-                part = next_token_loss(logits, labels.to(device)) / counted
+                logits = forward(input_ids.to(device), cu_seqlens=None if whole else cu_seqlens.to(device))
+            part = next_token_loss(logits, labels.to(device)) / counted
             (part * state["loss_scale"]).backward()
             loss = loss + part.detach()
         if state["loss_scale"] != 1.0:
             torch._foreach_mul_([p.grad for p in model.parameters()], 1 / state["loss_scale"])
-        grad_norm = float(clip_grad_norm(model.parameters(), args.grad_clip))
-        loss = float(loss)
+        grad_norm, loss = float(clip_grad_norm(model.parameters(), args.grad_clip)), float(loss)
 
-        action = verdict(args, state, loss, grad_norm)
-        if action == "rollback" and (good := checkpoint.latest(out)):
-            scale, state = state["lr_scale"] / 2, checkpoint.load_checkpoint(good, model, optimizer)
+        action = metrics.verdict(state, loss, grad_norm, args.spike_action, args.spike_threshold)
+        if action == "rollback" and checkpoint.latest(out):
+            scale, state = state["lr_scale"] / 2, restore(checkpoint.latest(out))
             state["lr_scale"] = scale
-            loader.load_state_dict({"step": state["step"]})
-            metrics.drop_rows_after(log, state["step"])
+            print(f"because of a loss spike ({loss:.4f}), with {scale:g} of the learning rate")
             optimizer.zero_grad()
-            print(f"loss spike ({loss:.3f}): back to {good}, learning rate halved to {scale:g} of the schedule")
             continue
         if action == "apply":
             optimizer.step()
         else:
             state["skipped"] += 1
-            print(f"step {state['step'] + 1}: update skipped (loss {loss:.3f}, gradient norm {grad_norm:.3g})")
+            print(f"step {state['step'] + 1}: update skipped, loss {loss:.4f}, gradient norm {grad_norm:.4g}")
         optimizer.zero_grad()
 
+        # The step is done: count, log, evaluate, save.
         seconds = time.perf_counter() - start
         window_tokens, window_seconds = window_tokens + counted, window_seconds + seconds
-        state["step"], state["tokens"], state["seconds"] = state["step"] + 1, state["tokens"] + counted, state["seconds"] + seconds
-        last = state["step"] == args.max_steps
-        if state["step"] % args.log_every == 0 or last:
+        state |= {"step": state["step"] + 1, "tokens": state["tokens"] + counted, "seconds": state["seconds"] + seconds}
+        step, better = state["step"], False
+        if step % args.log_every == 0 or step == args.max_steps:
             speed = window_tokens / window_seconds
-            row = {"kind": "train", "step": state["step"], "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": state["tokens"],
-                   "tokens_per_second": speed, "seconds": state["seconds"], "memory_bytes": metrics.memory_bytes(device), "skipped": state["skipped"]}
+            row = {"kind": "train", "step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
+                   "tokens": state["tokens"], "tokens_per_second": speed, "seconds": state["seconds"],
+                   "memory_bytes": metrics.memory_bytes(device), "skipped": state["skipped"]}
             metrics.append_row(log, row)
-            print(metrics.progress_line(row, args.max_steps, state["seconds"], speed * flops / peak), flush=True)
+            mfu = peak and speed * flops / peak
+            print(metrics.progress_line(row, args.max_steps, state["seconds"], mfu), flush=True)
             window_tokens, window_seconds = 0, 0.0
-        better = False
-        if args.eval_every and (state["step"] % args.eval_every == 0 or last):
-            row = evaluate(args, model, shards, index, state["step"])
+        if args.eval_every and (step % args.eval_every == 0 or step == args.max_steps):
+            row = evaluate(args, model, index, autocast, step)
             metrics.append_row(log, row)
-            print(f"step {row['step']}: held-out loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte", flush=True)
+            print(f"step {step}: held-out loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte", flush=True)
             better = state["best_loss"] is None or row["loss"] < state["best_loss"]
             state["evals_since_best"] = 0 if better else state["evals_since_best"] + 1
             if better:
-                state["best_step"], state["best_loss"] = state["step"], row["loss"]
+                state["best_step"], state["best_loss"] = step, row["loss"]
             state["stopped"] = 0 < args.early_stopping <= state["evals_since_best"]
+        last = step == args.max_steps or state["stopped"]
+        if last and args.sample_tokens:
+            texts = generate_text(model, tokenizer, args.sample_prompt, max_new_tokens=args.sample_tokens,
+                                  temperature=0.8, top_p=0.95, seed=args.seed)
+            samples = [dict(step=step, prompt=p, text=text) for p, text in zip(args.sample_prompt, texts)]
+            checkpoint.write_json(out / "samples.json", samples)
+        if last or (args.save_every and (better or step % args.save_every == 0)):
             metrics.write_report(out)
-        if last or state["stopped"]:
-            write_samples(args, model, tokenizer, state["step"])
-            metrics.write_report(out)
-        if last or state["stopped"] or (args.save_every and (better or state["step"] % args.save_every == 0)):
-            save()  # after the rows of this step, so that a resumed run finds them
-    print(f"done: {checkpoint.latest(out)} · report in {out / 'report.html'}")
+            save()  # after this step's rows, samples and report: a checkpoint means that they are there
+    print(f"done: {checkpoint.latest(out)}; curves and samples in {out / 'report.html'}")
 
 
 if __name__ == "__main__":
