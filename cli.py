@@ -36,7 +36,7 @@ def parse(cls, description: str | None = None, argv: list[str] | None = None):
     """
     help_of = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
     types = typing.get_type_hints(cls)
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser._negative_number_matcher = re.compile("-[^-]")  # one hyphen begins a value: -1e-3, or a text
     for field in dataclasses.fields(cls):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

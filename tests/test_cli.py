@@ -172,7 +172,8 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path, body):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT).format(root=os.path.dirname(cli.__file__), body=body))
     pipe = subprocess.PIPE
-    run = subprocess.Popen([sys.executable, str(script)], stdin=pipe, stdout=pipe, stderr=pipe)
+    run = subprocess.Popen([sys.executable, str(script)], stdin=pipe, stdout=pipe, stderr=pipe,
+                           env={**os.environ, "PYTHONUNBUFFERED": ""})
     run.stdout.close()
     run.stdin.close()
     assert run.stderr.read() == b""

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,10 +194,10 @@ def test_compressors_equal_pythons_own_files():
 def test_compressors_equal_the_programs(program):
     if not shutil.which(program):
         pytest.skip(f"no {program} on this machine")
-    data = open(evaluate.__file__, "rb").read() * 2
+    data = Path(shutil.__file__).with_name("_pydecimal.py").read_bytes()  # 230 kB; gzip -6 needs 1.2 % more
     size = len(subprocess.run([program, "-9", "-c"], input=data, capture_output=True, check=True).stdout)
     ours = compressed_bits_per_byte([data.decode()])[program] * len(data) / 8
-    assert abs(ours - size) <= 0.002 * size  # zlib may come in another version than gzip has built in
+    assert abs(ours - size) <= 0.01 * size  # zlib may come in another version than gzip has built in
 
 
 def test_documents_come_back_from_shards(shards):
