@@ -4,8 +4,8 @@
     for each layer:   x = x + Attention(RMSNorm(x));   x = x + SwiGLU(RMSNorm(x))
     logits = RMSNorm(x) @ head.T
 
-Each piece stands here once, in reading order: RMSNorm, RoPE, masks, KV cache, grouped-query attention, SwiGLU, layer, model,
-initial weights, cost in parameters and FLOPs. B, S, H, D = batch, sequence, heads, head_dim; T = keys, Hkv = their heads.
+Each piece stands here once, in reading order: RMSNorm, RoPE, masks, KV cache, grouped-query attention, SwiGLU, layer,
+model, initial weights, cost. B, S, H, D = batch, sequence, heads, head_dim; T = keys, Hkv = their heads.
 
     python model.py        prints the size and cost of a few shapes
 """
@@ -158,9 +158,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def segment_starts(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
-    """For each token of the flattened (B, S) the index of its document's first token, row ends being boundaries: (B, S).
+    """For each token of the flattened (B, S) the index of its document's first token; row ends are boundaries. (B, S)
 
-    cu_seqlens (n + 1,) int32 rising from 0 to B * S, as in flash-attention. Tokens see each other only where these agree.
+    cu_seqlens (n + 1,) int32 rising from 0 to B * S, as in flash-attention. Tokens see each other where these agree.
     """
     token = torch.arange(batch * length, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
@@ -183,8 +183,8 @@ def attention_mask(length: int, window: int | None, starts: Tensor | None, devic
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated; the rows of a batch may differ in length.
 
-    The token at position p of a row lies in slot p. To feed prompts of different lengths, pad them on the right, run them,
-    then call `set_lengths` with the true ones: the padding lies beyond them, unseen, until real tokens overwrite it.
+    The token at position p of a row lies in slot p. To feed prompts of different lengths, pad them on the right, run
+    them, then call `set_lengths` with the true ones: the padding lies beyond, unseen, until real tokens overwrite it.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype=torch.float32, device="cpu"):
@@ -238,7 +238,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """The same through PyTorch's scaled_dot_product_attention, which picks a fused kernel."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
@@ -339,8 +340,8 @@ class Transformer(nn.Module):
 def checkpointed(layer: nn.Module, x: Tensor, rope, mask, selective: bool) -> Tensor:
     """Run a layer without keeping its activations; backward computes them again (Chen et al. 2016).
 
-    Full: keeps only the layer's input. Selective (Korthikanti et al. 2022): keeps what is dear to compute, the outputs of
-    matmuls and of attention, and recomputes norms, RoPE and SwiGLU's pointwise part.
+    Full: keeps only the layer's input. Selective (Korthikanti et al. 2022): keeps what is dear to compute, the outputs
+    of matmuls and of attention, and recomputes norms, RoPE and SwiGLU's pointwise part.
     """
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
     if not selective:
@@ -384,8 +385,8 @@ class CausalLM(nn.Module):
 def initialize(model: CausalLM, seed: int) -> None:
     """Normal(0, initializer_range) weights, zero biases, norms of one. Depends on (seed, name, shape) alone.
 
-    The two projections that write into the residual stream are scaled by 1 / sqrt(2 layers), so that its variance does not
-    grow with depth (Radford et al. 2019, section 2.3). No number depends on which other parameters there are, or where.
+    The two projections that write into the residual stream are scaled by 1 / sqrt(2 layers), so that its variance does
+    not grow with depth (Radford et al. 2019, section 2.3). No number depends on which other parameters there are.
     """
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
@@ -402,7 +403,7 @@ def initialize(model: CausalLM, seed: int) -> None:
 
 
 def num_parameters(config: ModelConfig, embedding: bool = True) -> int:
-    """How many weights the model has; `embedding=False` leaves out a table that is only looked up (a tied one is not)."""
+    """How many weights the model has; `embedding=False` leaves out a table that serves as lookup only."""
     c, D = config, config.head_dim
     attention = 2 * c.hidden_size * D * (c.num_attention_heads + c.num_key_value_heads)
     biases = (c.num_attention_heads + 2 * c.num_key_value_heads) * D + (c.hidden_size if c.model_type != "qwen2" else 0)
@@ -415,7 +416,7 @@ def num_parameters(config: ModelConfig, embedding: bool = True) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Training FLOPs per token, forward and backward, recomputation not counted: 6 N + 12 L H D S (PaLM, appendix B).
 
-    N counts the head and not the looked-up table; attention counts the full square, though half is masked, as is customary.
+    N counts the head, not a table that is only looked up; attention counts the full square, masked half included.
     """
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
     return 6 * num_parameters(config, embedding=False) + attention
@@ -425,4 +426,5 @@ if __name__ == "__main__":
     for name, shape in (("a toy", ModelConfig(1024, 128, None, 5, 4, 2, qk_norm=True, tie_word_embeddings=True)),
                         ("GPT-2's shape", ModelConfig(50304, 768, None, 12, 12, tie_word_embeddings=True)),
                         ("Llama 3 8B", ModelConfig(128256, 4096, 14336, 32, 32, 8))):
-        print(f"{name:14} {num_parameters(shape):14,} parameters, {flops_per_token(shape, 2048) / 1e9:8.3f} GFLOP per token")
+        flops = flops_per_token(shape, seq_len=2048)
+        print(f"{name:14} {num_parameters(shape):14,} parameters, {flops / 1e9:8.3f} GFLOP per trained token")

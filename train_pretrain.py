@@ -106,7 +106,7 @@ class Args:
 PRESETS = {  # named after the size with the vocabulary that usually goes with the shape
     name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                     "num_key_value_heads", "rope_theta", "qk_norm", "tie_word_embeddings"), shape)) for name, shape in {
-        "1m": (128, 352, 5, 4, 2, 1e4, True, True),
+        "1m": (128, 352, 4, 4, 2, 1e4, True, True),
         "10m": (320, 864, 7, 5, 5, 1e4, True, True),
         "124m": (768, 2048, 12, 12, 12, 1e4, False, True),
         "350m": (1024, 2752, 24, 16, 16, 1e4, False, True),
@@ -145,7 +145,7 @@ def check(args: Args) -> None:
     for name in ("beta1", "beta2", "replay_fraction"):
         expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
-    expect(args.global_batch_size % args.micro_batch_size == 0, "global_batch_size", "not a multiple of --micro_batch_size")
+    expect(args.global_batch_size % args.micro_batch_size == 0, "global_batch_size", "no multiple of --micro_batch_size")
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
     expect(args.spike_action != "rollback" or args.save_every, "spike_action", "needs checkpoints: set --save_every")
     expect(args.preset in PRESETS, "preset", f"choose from {', '.join(PRESETS)}")
@@ -173,6 +173,7 @@ def build_model(args: Args, tokenizer) -> CausalLM:
     dtype = torch.float64 if args.dtype == "float64" else torch.float32
     if not args.model:
         model = CausalLM(model_config(args, tokenizer.vocab_size), args.seed).to(dtype)
+        model.config.bos_token_id = model.config.eos_token_id = tokenizer.eos_token_id  # it stands before each document
     else:
         model = checkpoint.load_model(checkpoint.find_checkpoint(args.model), dtype=dtype, attention=args.attention)
         if model.config.vocab_size < tokenizer.vocab_size:
@@ -225,8 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     source = args.tokenizer or (str(checkpoint.find_checkpoint(args.model)) if args.model else None)
     tokenizer, index = prepare(out / "data", data=args.data, val_data=args.val_data, val_fraction=args.val_fraction,
                                tokenizer=source, vocab_size=args.vocab_size)
-    for prompt in args.sample_prompt:
-        tokenizer.encode(prompt)  # a character that it does not know is told now, not after the training
+    for prompt in args.sample_prompt if args.sample_tokens else []:  # what cannot be sampled is told before the training
+        if len(tokenizer.encode(prompt)) + 1 >= args.seq_len:
+            raise ValueError(f"--sample_prompt {prompt[:20]!r}... leaves no room within --seq_len {args.seq_len}")
     replay = None
     if args.replay and args.replay_fraction:
         _, replay = prepare(out / "replay", data=args.replay, val_fraction=0.0, tokenizer=index["directory"])

@@ -29,8 +29,8 @@ def git_commit() -> str:
         return "unknown"
 
 
-def write_results(name: str, rows: list[dict]) -> dict:
-    """Write `rows` to bench/results/`name`.json with what they were measured on; print and return the same."""
+def write_results(name: str, rows: list[dict], quiet: bool = False) -> dict:
+    """Write `rows` to bench/results/`name`.json with what they were measured on; return, and unless `quiet` print, the same."""
     versions = {"python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in ("torch", "numpy", "tiktoken", "sentencepiece")}
     result = {"device": device_name(), "versions": versions, "commit": git_commit(), "rows": rows}
@@ -39,5 +39,6 @@ def write_results(name: str, rows: list[dict]) -> dict:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
-    print(json.dumps(result, indent=1), f"-> {path}", sep="\n")
+    if not quiet:
+        print(json.dumps(result, indent=1), f"-> {path}", sep="\n")
     return result

@@ -18,9 +18,8 @@ well, but need not be in files made by others: the two are kept apart.
 Special tokens ("<|endoftext|>") have ids, but never come out of plain text: a user who types one gets its letters,
 unless the caller names it in `allowed_special`.
 
-Two Unicode traps: `train` and `encode_reference` split by Python's `regex`, `encode` by tiktoken's engine, and their
-Unicode tables are of different years: they agree on the code points that both know. And half a surrogate pair
-("\ud800") is no text: ValueError.
+A trap: `train` and `encode_reference` split by Python's `regex`, `encode` by tiktoken's engine, and their Unicode tables
+are of different years. They agree on the code points that both know.
 """
 
 import base64
@@ -69,61 +68,51 @@ def train_bpe(words: dict[bytes, int], num_merges: int) -> list[tuple[bytes, byt
     A step touches only the words that hold its pair: `where` is the inverted index pair -> words. The best pair is on
     top of a heap that is corrected lazily: old pairs only ever become rarer (a merge makes new pairs, all with the new
     token in them), so an entry's count is an upper bound, checked when it comes to the top.
+
+    A token is one character, chr(id), so a word is a string, a pair is two characters, and str.replace merges.
     """
     tokens = [bytes([b]) for b in range(256)]                      # id -> bytes
     order = [_descending(token) for token in tokens]               # id -> sort key, greatest byte string first
+    sequences = [word.decode("latin-1") for word in words]         # byte b is chr(b)
     frequency = list(words.values())
-    sequences = [list(word) for word in words]                     # each word as token ids
-    counts: dict[tuple[int, int], int] = defaultdict(int)
-    where: dict[tuple[int, int], set[int]] = defaultdict(set)
+    counts: dict[str, int] = defaultdict(int)
+    where: dict[str, set[int]] = defaultdict(set)
     for index, sequence in enumerate(sequences):
-        for pair in zip(sequence, sequence[1:]):
+        for pair in map(str.__add__, sequence, sequence[1:]):
             counts[pair] += frequency[index]
             where[pair].add(index)
 
     def entry(pair):
-        return -counts[pair], order[pair[0]], order[pair[1]], pair
+        return -counts[pair], order[ord(pair[0])], order[ord(pair[1])], pair
 
     heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
     merges: list[tuple[bytes, bytes]] = []
     while len(merges) < num_merges and heap:
-        count, _, _, pair = heapq.heappop(heap)
-        if -count != counts[pair]:                                 # became rarer since it was pushed
-            if counts[pair] > 0:
-                heapq.heappush(heap, entry(pair))
+        count, _, _, best = heapq.heappop(heap)
+        if -count != counts[best]:                                 # became rarer since it was pushed
+            if counts[best] > 0:
+                heapq.heappush(heap, entry(best))
             continue
-        merges.append((tokens[pair[0]], tokens[pair[1]]))
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        order.append(_descending(tokens[new]))
+        left, right = (tokens[ord(character)] for character in best)
+        merges.append((left, right))
+        new = chr(len(tokens))
+        tokens.append(left + right)
+        order.append(_descending(left + right))
         created = set()
-        for index in where.pop(pair):
+        for index in where.pop(best):
             before = sequences[index]
-            after = sequences[index] = _merge(before, pair, new)
-            for old in zip(before, before[1:]):
-                counts[old] -= frequency[index]
-            for pair_now in zip(after, after[1:]):
-                counts[pair_now] += frequency[index]
-                if new in pair_now:
-                    where[pair_now].add(index)
-                    created.add(pair_now)
-        for pair_now in created:
-            heapq.heappush(heap, entry(pair_now))
+            after = sequences[index] = before.replace(best, new)   # left to right: (a, a) in a a a gives new a
+            for pair in map(str.__add__, before, before[1:]):
+                counts[pair] -= frequency[index]
+            for pair in map(str.__add__, after, after[1:]):
+                counts[pair] += frequency[index]
+                if new in pair:
+                    where[pair].add(index)
+                    created.add(pair)
+        for pair in created:
+            heapq.heappush(heap, entry(pair))
     return merges
-
-
-def _merge(sequence: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """Replace `pair` by `new`, left to right: (a, a) in a a a gives new a."""
-    merged, i, (left, right) = [], 0, pair
-    while i < len(sequence):
-        if sequence[i] == left and i + 1 < len(sequence) and sequence[i + 1] == right:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(sequence[i])
-            i += 1
-    return merged
 
 
 def _descending(token: bytes) -> str:
@@ -143,20 +132,67 @@ def merge_bytes(piece: bytes, ranks: dict[bytes, int], below: float = float("inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Special tokens, and text as bytes
+
+def _cut_out(text: str, names: Iterable[str]) -> list[str]:
+    """Cut `text` around each occurrence of a name (the longest that fits, from the left); the names stay as parts."""
+    alternatives = "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
+    return [part for part in regex.split(f"({alternatives})", text) if part] if alternatives else [text]
+
+
+def _training_text(texts: Iterable[str], special_tokens: list[str]) -> Iterator[str]:
+    """The stretches of text between special tokens."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be several texts (a list, a generator ...), not one string")
+    for text in texts:
+        _utf8(text)
+        yield from (part for part in _cut_out(text, special_tokens) if part not in special_tokens)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds half a surrogate pair, {text[error.start]!r} at character {error.start}: "
+                         "it cannot be written as UTF-8") from None
+
+
+# Files spell a token's bytes in GPT-2's printable alphabet: visible Latin-1 characters, and U+0100 on for the others.
+_VISIBLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+_CHARACTER_OF_BYTE = {b: chr(b) for b in _VISIBLE}
+_CHARACTER_OF_BYTE |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(_VISIBLE)))}
+_BYTE_OF_CHARACTER = {character: b for b, character in _CHARACTER_OF_BYTE.items()}
+
+
+def _to_printable(token: bytes) -> str:
+    return "".join(map(_CHARACTER_OF_BYTE.__getitem__, token))
+
+
+def _from_printable(token: str) -> bytes:
+    """A token spelled otherwise (only one that no merge can make) stands for its own UTF-8 bytes."""
+    spelled = all(character in _BYTE_OF_CHARACTER for character in token)
+    return bytes(map(_BYTE_OF_CHARACTER.__getitem__, token)) if spelled else token.encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The tokenizers
 
 class Tokenizer:
-    """What all tokenizers share. A subclass adds three methods: `_encode_plain(text)` encodes without special tokens;
-    `decode_bytes(ids)` gives UTF-8 bytes (one token may hold part of a character; ValueError: an unknown id);
-    `save(directory)` writes the files that `load_tokenizer(directory)` reads, each atomically.
+    """What all tokenizers share. A subclass adds `_encode_plain(text)`, which encodes without special tokens, and
+    `save(directory)`, which writes the files that `load_tokenizer(directory)` reads, each atomically.
     """
 
-    def __init__(self, vocab_size: int, special_tokens: dict[str, int], bos: int | None, eos: int | None,
-                 pad: int | None, added_tokens: dict[str, int] | None = None):
-        self.vocab_size = vocab_size              # highest id + 1, special tokens included
+    def __init__(self, tokens: list[tuple[bytes, int]], special_tokens: dict[str, int],
+                 added_tokens: dict[str, int] | None = None, *, bos: int | None = None, eos: int | None = None,
+                 pad: int | None = None):
         self.special_tokens = special_tokens      # text -> id; found in text only when `allowed_special` says so
         self.added_tokens = added_tokens or {}    # text -> id; whole words of the vocabulary, always found in text
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
+        tokens = tokens + [(name.encode(), i) for name, i in (special_tokens | self.added_tokens).items()]
+        self._bytes = {i: token for token, i in tokens}
+        if len(self._bytes) < len(tokens):
+            raise ValueError("two tokens of the vocabulary have the same id")
+        self.vocab_size = max(self._bytes, default=-1) + 1
 
     def encode(self, text: str, allowed_special: str | Iterable[str] = ()) -> list[int]:
         """Token ids of `text`; no BOS or EOS is added.
@@ -183,58 +219,55 @@ class Tokenizer:
         """The text of `ids`; bytes that are no UTF-8 (half a character) become U+FFFD. ValueError: an unknown id."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def _lookup(self, table: dict, ids: Iterable[int]) -> list:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes of `ids`; one token may hold part of a character. ValueError: an unknown id."""
         try:
-            return [table[i] for i in ids]
+            return b"".join([self._bytes[i] for i in ids])
         except KeyError as error:
             raise ValueError(f"token id {error.args[0]} is not in the vocabulary (size {self.vocab_size})") from None
 
-    def _save_json(self, directory, vocab: dict[str, int], merges: list[str], decoder: dict, pre_tokenizer=None,
-                   normalizer=None, ignore_merges=False) -> None:
+    def _save_json(self, directory: str | os.PathLike, vocab: dict[str, int], merges: list[str], *, decoder: dict,
+                   ignore_merges=False, normalizer=None, pre_tokenizer=None) -> None:
         """Hugging Face's tokenizer.json, and tokenizer_config.json for transformers' AutoTokenizer."""
+        names = self.special_tokens | self.added_tokens
         added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
                   "normalized": False, "special": name in self.special_tokens}
-                 for name, i in (self.special_tokens | self.added_tokens).items()]
+                 for name, i in sorted(names.items(), key=lambda item: item[1])]
         # Added tokens stand in the vocabulary too: else Hugging Face numbers them anew, from its end.
-        vocab = vocab | {token["content"]: token["id"] for token in added}
+        vocab = dict(sorted((vocab | names).items(), key=lambda item: item[1]))
         model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges,
-                 "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])), "merges": merges}
-        _write_json(Path(directory) / "tokenizer.json", {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": sorted(added, key=lambda token: token["id"]), "normalizer": normalizer,
-            "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model})
+                 "vocab": vocab, "merges": merges}
         ends = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
-        _write_json(Path(directory) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            **{name: None if i is None else self.decode([i]) for name, i in ends.items()}})
+        tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+                     "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None,
+                     "decoder": decoder, "model": model}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                  **{end: None if i is None else self.decode([i]) for end, i in ends.items()}}
+        for name, data in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+            _write(Path(directory) / name, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 class BPETokenizer(Tokenizer):
     """Byte-level BPE. Build one by `train` or `load_tokenizer`; what the constructor takes:
 
     vocab          token bytes -> id: the single bytes, and each token that merging can make
-    merge_order    the merged tokens, first merge first; by default in the order of their ids
-    pattern        regular expression whose matches are the pre-tokens; it must leave nothing out
     special_tokens, added_tokens, bos, eos, pad: as in Tokenizer
+    pattern        regular expression whose matches are the pre-tokens; it must leave nothing out
+    merge_order    the merged tokens, first merge first; by default in the order of their ids
     unreachable    vocabulary entries (as spelled in the file) that no merge makes: decoded, never encoded
     nfc            compose accents first (Unicode NFC), as Qwen's files ask
     """
 
-    def __init__(self, vocab: dict[bytes, int], special_tokens: dict[str, int], *, pattern: str = QWEN2_PATTERN,
-                 merge_order: list[bytes] | None = None, bos: int | None = None, eos: int | None = None,
-                 pad: int | None = None, added_tokens: dict[str, int] | None = None,
-                 unreachable: dict[str, int] | None = None, nfc: bool = False):
+    def __init__(self, vocab: dict[bytes, int], special_tokens: dict[str, int],
+                 added_tokens: dict[str, int] | None = None, *, pattern: str = QWEN2_PATTERN,
+                 merge_order: list[bytes] | None = None, unreachable: dict[str, int] | None = None, nfc: bool = False,
+                 **ends: int | None):
         self.vocab, self.pattern, self.nfc, self.unreachable = vocab, pattern, nfc, unreachable or {}
-        names = special_tokens | (added_tokens or {})
-        if clash := [name for name in names if _from_printable(name) in vocab]:
+        if clash := [name for name in special_tokens | (added_tokens or {}) if _from_printable(name) in vocab]:
             raise ValueError(f"special token {clash[0]!r} is spelled like an ordinary token")
-        self._bytes = {i: token for token, i in vocab.items()}
-        self._bytes |= {i: _from_printable(token) for token, i in self.unreachable.items()}
-        self._bytes |= {i: name.encode() for name, i in names.items()}
-        if len(self._bytes) < len(vocab) + len(self.unreachable) + len(names):
-            raise ValueError("two tokens of the vocabulary have the same id")
-        super().__init__(max(self._bytes) + 1, special_tokens, bos, eos, pad, added_tokens)
+        never_made = [(_from_printable(token), i) for token, i in self.unreachable.items()]
+        super().__init__([*vocab.items(), *never_made], special_tokens, added_tokens, **ends)
 
         # tiktoken gives out ranks. They are the ids if those rise from merge to merge; else ids are looked up by rank.
         self.merge_order = merge_order or sorted((token for token in vocab if len(token) > 1), key=vocab.__getitem__)
@@ -263,20 +296,21 @@ class BPETokenizer(Tokenizer):
         to give so many merges gives a smaller vocabulary (read `.vocab_size`). Special tokens in the text are cut out,
         nothing is merged across them. The first special token ends documents: it is EOS, and serves as BOS and padding.
         """
-        special_tokens = list(dict.fromkeys(special_tokens))
-        num_merges = vocab_size - 256 - len(special_tokens)
+        names = list(dict.fromkeys(special_tokens))
+        num_merges = vocab_size - 256 - len(names)
         if num_merges < 0:
-            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
-                             f"tokens need at least {256 + len(special_tokens)}")
-        split = cls({bytes([b]): b for b in range(256)}, {}, pattern=pattern).split
+            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens need "
+                             f"at least {256 + len(names)}")
+        single = [bytes([b]) for b in range(256)]
+        split = cls({token: i for i, token in enumerate(single)}, {}, pattern=pattern).split
         pieces: Counter[str] = Counter()
-        for part in _training_text(texts, special_tokens):
+        for part in _training_text(texts, names):
             pieces.update(split(part))
         merges = train_bpe({piece.encode(): count for piece, count in pieces.items()}, num_merges)
-        tokens = [bytes([b]) for b in range(256)] + [left + right for left, right in merges]
-        special = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
-        end = len(tokens) if special else None
-        return cls({token: i for i, token in enumerate(tokens)}, special, pattern=pattern, bos=end, eos=end, pad=end)
+        tokens = single + [left + right for left, right in merges]
+        end = len(tokens) if names else None
+        return cls({token: i for i, token in enumerate(tokens)}, {name: len(tokens) + i for i, name in enumerate(names)},
+                   pattern=pattern, bos=end, eos=end, pad=end)
 
     def split(self, text: str) -> list[str]:
         """The pre-tokens of `text`."""
@@ -308,23 +342,18 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f"this tokenizer has no token for byte {min(missing):#04x} ({chr(min(missing))!r})")
         return text
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self._lookup(self._bytes, ids))
-
     def save(self, directory: str | os.PathLike) -> None:
         """Write `directory`/tokenizer.json and tokenizer_config.json, as Hugging Face's `tokenizers` reads them."""
-        merges, whole = [], False
-        for token in self.merge_order:  # the pair that makes a token: what its bytes had merged to just before
-            parts = merge_bytes(token, self.ranks, below=self.ranks[token])
-            if len(parts) == 2:
-                merges.append(" ".join(map(_to_printable, parts)))
-            else:
-                whole = True  # no pair makes it: only a pre-token that is this token gives it
+        # The pair that makes a token is what its bytes had merged to just before. A token that no pair makes is found
+        # only where it is a pre-token as it stands, which Hugging Face calls ignore_merges.
+        parts = [merge_bytes(token, self.ranks, below=self.ranks[token]) for token in self.merge_order]
+        pairs = [pair for pair in parts if len(pair) == 2]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         self._save_json(directory, {_to_printable(token): i for token, i in self.vocab.items()} | self.unreachable,
-                        merges, decoder=byte_level, normalizer={"type": "NFC"} if self.nfc else None,
-                        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]}, ignore_merges=whole)
+                        [" ".join(map(_to_printable, pair)) for pair in pairs], decoder=byte_level,
+                        ignore_merges=len(pairs) < len(parts), normalizer={"type": "NFC"} if self.nfc else None,
+                        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]})
 
 
 class CharTokenizer(Tokenizer):
@@ -333,22 +362,20 @@ class CharTokenizer(Tokenizer):
     There is no "unknown" token: a character that the training text never showed is a ValueError that names it.
     """
 
-    def __init__(self, vocab: dict[str, int], special_tokens: dict[str, int], *, bos: int | None = None,
-                 eos: int | None = None, pad: int | None = None):
+    def __init__(self, vocab: dict[str, int], special_tokens: dict[str, int], **ends: int | None):
+        super().__init__([(character.encode(), i) for character, i in vocab.items()], special_tokens, **ends)
         self.vocab = vocab
-        self._text = {i: token for token, i in (vocab | special_tokens).items()}
-        if len(self._text) < len(vocab) + len(special_tokens):
-            raise ValueError("two tokens of the vocabulary have the same id")
-        super().__init__(max(self._text, default=-1) + 1, special_tokens, bos, eos, pad)
 
     @classmethod
     def train(cls, texts: Iterable[str], special_tokens: Iterable[str] = ("<|endoftext|>",)) -> "CharTokenizer":
         """Collect the characters of `texts`, special tokens cut out; the first of these is EOS, BOS and padding."""
-        special_tokens = list(dict.fromkeys(special_tokens))
-        characters = set().union(*_training_text(texts, special_tokens))
-        end = len(characters) if special_tokens else None
+        names = list(dict.fromkeys(special_tokens))
+        characters: set[str] = set()
+        for part in _training_text(texts, names):
+            characters.update(part)
+        end = len(characters) if names else None
         return cls({character: i for i, character in enumerate(sorted(characters))},
-                   {name: len(characters) + i for i, name in enumerate(special_tokens)}, bos=end, eos=end, pad=end)
+                   {name: len(characters) + i for i, name in enumerate(names)}, bos=end, eos=end, pad=end)
 
     def _encode_plain(self, text: str) -> list[int]:
         try:
@@ -356,9 +383,6 @@ class CharTokenizer(Tokenizer):
         except KeyError as error:
             raise ValueError(f"character {error.args[0]!r} is not in this tokenizer's vocabulary: the text that it "
                              "was trained on never showed it") from None
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(self._lookup(self._text, ids)).encode()
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json (to Hugging Face: BPE without merges, whose decoder just joins) and its config."""
@@ -374,26 +398,32 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model_proto: bytes):
         self._model_proto = model_proto
-        self._model = sentencepiece.SentencePieceProcessor()
-        self._model.LoadFromSerializedProto(model_proto)
-        size, piece = self._model.vocab_size(), self._model.id_to_piece
-        special = {piece(i): i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)}
-        ends = (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
-        super().__init__(size, special, *(i if i >= 0 else None for i in ends))
-        self._bytes = {i: piece(i).replace("\u2581", " ").encode() for i in range(size)}
-        self._bytes |= {i: bytes([int(piece(i)[1:-1], 16)]) for i in range(size) if self._model.is_byte(i)}
-        self._bytes |= {i: b"" for i in special.values()}
+        self._model = model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(model_proto)
+        tokens, special = [], {}
+        for i in range(model.vocab_size()):
+            piece = model.id_to_piece(i)
+            if model.is_control(i) or model.is_unknown(i):
+                special[piece] = i
+            elif model.is_byte(i):  # "<0x0A>"
+                tokens.append((bytes([int(piece[1:-1], 16)]), i))
+            else:
+                tokens.append((piece.replace("\u2581", " ").encode(), i))
+        ends = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+        super().__init__(tokens, special, **{end: i for end, i in ends.items() if i >= 0})
+        self._bytes |= dict.fromkeys(special.values(), b"")  # sentencepiece decodes them to nothing
 
     def _encode_plain(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = list(ids)
-        self._lookup(self._bytes, ids)  # sentencepiece would raise an IndexError without the id
+        super().decode_bytes(ids)  # an unknown id is a ValueError that names it, not sentencepiece's IndexError
         return self._model.decode(ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        raw, text = b"".join(self._lookup(self._bytes, ids := list(ids))), self._model.decode(ids)
+        ids = list(ids)
+        raw, text = super().decode_bytes(ids), self._model.decode(ids)
         implied = (len(raw) - len(raw.lstrip(b" "))) - (len(text) - len(text.lstrip(" ")))  # the blank put before text
         return raw[max(implied, 0):]
 
@@ -403,7 +433,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# Files
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer from a file, or from the folder that holds one:
@@ -438,7 +468,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         if ".model" in path.name:
             return SentencePieceTokenizer(path.read_bytes())
         raise ValueError("unknown kind of tokenizer file (known: *.json, *.model, vocab.bpe, *.tiktoken)")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: not a readable tokenizer ({type(error).__name__}: {error})") from None
     except ValueError as error:
         named = str(error).startswith(str(path.parent / ""))  # by the reader of this file, or of the one beside it
@@ -450,44 +480,50 @@ def _load_json(path: Path) -> Tokenizer:
     data = _read_json(path)
     if "vocab" not in (data.get("model") or {}):
         raise ValueError("not a tokenizer.json: it has no model with a vocab")
-    model, splitter, normalizer = data["model"], data.get("pre_tokenizer"), data.get("normalizer")
-    unknown = [f"model {model['type']}"] if model.get("type", "BPE") != "BPE" else []
-    unknown += [f"model.{key}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                                           "byte_fallback") if model.get(key)]
-    unknown += [f"normalizer {normalizer['type']}"] if normalizer and normalizer["type"] != "NFC" else []
-    special: dict[str, int] = {}
-    added: dict[str, int] = {}
-    for token in data.get("added_tokens") or []:
-        (special if token.get("special") else added)[token["content"]] = token["id"]
-        unknown += [f"{key} of added token {token['content']!r}" for key in ("lstrip", "rstrip", "single_word")
-                    if token.get(key)]
+    model, splitter, normalizer = data["model"], data.get("pre_tokenizer"), data.get("normalizer") or {}
+    tokens = data.get("added_tokens") or []
+    special = {token["content"]: token["id"] for token in tokens if token.get("special")}
+    added = {token["content"]: token["id"] for token in tokens if not token.get("special")}
     joins = (data.get("decoder") or {}).get("type") == "Fuse"
-    characters = splitter is None and not model.get("merges") and not added and joins
+    characters = joins and splitter is None and not model.get("merges") and not added
     pattern = _split_pattern(splitter or {})
-    unknown += [f"pre_tokenizer {json.dumps(splitter)}"] if not (characters or pattern) else []
-    if unknown:
-        raise ValueError(f"{unknown[0]} is not supported (byte-level BPE is)")
 
-    ends = _end_tokens(path.with_name("tokenizer_config.json"), special | added | model["vocab"])
+    kind, normal_form = model.get("type", "BPE"), normalizer.get("type")
+    changes_ids = {f"model {kind}": kind != "BPE"}
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        changes_ids[f"model.{key}"] = model.get(key)
+    changes_ids[f"normalizer {normal_form}"] = normalizer and normal_form != "NFC"
+    for token in tokens:
+        for key in ("lstrip", "rstrip", "single_word"):
+            changes_ids[f"{key} of added token {token['content']!r}"] = token.get(key)
+    changes_ids[f"pre_tokenizer {json.dumps(splitter)}"] = not (characters or pattern)
+    for feature, present in changes_ids.items():
+        if present:
+            raise ValueError(f"{feature} is not supported (byte-level BPE is)")
+
+    names = special | added
+    ids = model["vocab"] | names
+    if not all(isinstance(i, int) and i >= 0 for i in (*model["vocab"].values(), *names.values())):
+        raise ValueError("an id in the vocabulary is not a whole number")
+    ends = _end_tokens(path.with_name("tokenizer_config.json"), ids)
     if characters:
         return CharTokenizer({token: i for token, i in model["vocab"].items() if token not in special}, special, **ends)
-    tables = _merge_tables(model["vocab"], model["merges"], special | added, bool(model.get("ignore_merges")))
-    return BPETokenizer(**tables, special_tokens=special, added_tokens=added, pattern=pattern, nfc=bool(normalizer),
+    tables = _merge_tables(model["vocab"], model["merges"], names, bool(model.get("ignore_merges")))
+    return BPETokenizer(special_tokens=special, added_tokens=added, pattern=pattern, nfc=bool(normalizer), **tables,
                         **ends)
 
 
 def _split_pattern(splitter: dict) -> str | None:
     """The pattern of ByteLevel (GPT-2's own), or of Sequence[Split(pattern), ByteLevel]; None for any other."""
-    *before, last = splitter.get("pretokenizers") or [splitter]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
-        return None
-    if not before:
-        return GPT2_PATTERN if last.get("use_regex", True) else None
-    split = before[0]
-    keeps_matches = (split.get("behavior"), split.get("invert", False)) in (("Isolated", False), ("Removed", True))
-    if len(before) > 1 or split.get("type") != "Split" or not keeps_matches or last.get("use_regex", True):
-        return None
-    return split["pattern"].get("Regex")
+    steps = splitter.get("pretokenizers") or [splitter]
+    match [{"use_regex": True, "invert": False, **step} for step in steps]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2_PATTERN
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            keeps_matches = (behavior, invert) in (("Isolated", False), ("Removed", True))
+            return pattern if keeps_matches else None
+    return None
 
 
 def _end_tokens(config_path: Path, ids: dict[str, int]) -> dict[str, int | None]:
@@ -511,8 +547,6 @@ def _merge_tables(vocab: dict[str, int], merges: list, names: dict[str, int], wh
     training made (or that list every pair of a token) these are the same: a token's bytes have one way to be merged.
     `whole` (HF: ignore_merges): a pre-token that is a token is taken whole, even if no merge leads to it.
     """
-    if not all(isinstance(i, int) and i >= 0 for i in (*vocab.values(), *names.values())):
-        raise ValueError("an id in the vocabulary is not a whole number")
     order: dict[str, None] = {}  # a set that keeps its order: the token's first merge decides
     for number, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -536,7 +570,7 @@ def _merge_tables(vocab: dict[str, int], merges: list, names: dict[str, int], wh
 def _load_gpt2(path: Path) -> BPETokenizer:
     """GPT-2's own files: vocab.bpe lists the merges under a #version line, encoder.json the ids."""
     vocab = _read_json(path.with_name("encoder.json"))
-    merges = [line for line in _read_text(path).split("\n") if line and not line.startswith("#version")]
+    merges = [line for line in path.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
     special = {"<|endoftext|>": vocab["<|endoftext|>"]}
     return BPETokenizer(**_merge_tables(vocab, merges, special, False), special_tokens=special,
                         pattern=GPT2_PATTERN, eos=vocab["<|endoftext|>"])
@@ -548,7 +582,7 @@ def _load_tiktoken(path: Path) -> BPETokenizer:
         raise ValueError(f"the split pattern is known only for {', '.join(TIKTOKEN_FILES)}: name the file so")
     pattern, special = TIKTOKEN_FILES[path.stem]
     ranks = {}
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -557,74 +591,16 @@ def _load_tiktoken(path: Path) -> BPETokenizer:
     return BPETokenizer(ranks, dict(special), pattern=pattern, eos=special["<|endoftext|>"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small things
-
-def _cut_out(text: str, names: Iterable[str]) -> list[str]:
-    """Cut `text` around each occurrence of a name (the longest that fits, from the left); the names stay as parts."""
-    alternatives = "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
-    return [part for part in regex.split(f"({alternatives})", text) if part] if alternatives else [text]
-
-
-def _training_text(texts: Iterable[str], special_tokens: list[str]) -> Iterator[str]:
-    """The stretches of text between special tokens."""
-    if isinstance(texts, str):
-        raise ValueError("texts must be several texts (a list, a generator ...), not one string")
-    for text in texts:
-        _utf8(text)
-        yield from (part for part in _cut_out(text, special_tokens) if part not in special_tokens)
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds half a surrogate pair, {text[error.start]!r} at character {error.start}: "
-                         "it cannot be written as UTF-8") from None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable spelling of bytes: visible Latin-1 characters stand for themselves, the rest for U+0100 on."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()
-_CHARACTER_OF_BYTE = {b: character for character, b in _BYTE_OF_CHARACTER.items()}
-
-
-def _to_printable(token: bytes) -> str:
-    return "".join(map(_CHARACTER_OF_BYTE.__getitem__, token))
-
-
-def _from_printable(token: str) -> bytes:
-    """A token spelled otherwise (only one that no merge can make) stands for its own UTF-8 bytes."""
-    spelled = all(character in _BYTE_OF_CHARACTER for character in token)
-    return bytes(map(_BYTE_OF_CHARACTER.__getitem__, token)) if spelled else token.encode()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
-
-
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        data = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
-
-
-def _write_json(path: Path, data: dict) -> None:
-    _write(path, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def _write(path: Path, data: bytes) -> None:
