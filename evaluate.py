@@ -20,7 +20,6 @@ import contextlib
 import json
 import lzma
 import math
-import os
 import sys
 import tempfile
 import zlib
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import find_checkpoint, load_model
+from checkpoint import find_checkpoint, load_model, write_json
 from cli import parse, run
 from data.corpus import read_documents, split_documents
 from data.loader import eval_batches
@@ -129,20 +128,6 @@ def shard_texts(index: dict, split: str, tokenizer) -> Iterator[str]:
             yield tokenizer.decode(tokens[start:end].tolist())
 
 
-def write_json(path: Path, result: dict) -> None:
-    """Atomically: the whole file or none, beside it first and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def evaluate(args: Args, model: CausalLM, tokenizer, scratch: Path) -> dict:
     """The result for --data; `scratch` is an empty folder for the shards of text that is not prepared."""
     prepared = len(args.data) == 1 and (Path(args.data[0]) / "index.json").is_file()
@@ -197,6 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         result = evaluate(args, model, tokenizer, Path(scratch) / "shards")
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out), result)
     beside = "gzip {gzip_bits_per_byte:.4f}, xz {xz_bits_per_byte:.4f}, " if args.baselines else ""
     print(("loss {loss:.4f} nats per token, perplexity {perplexity:.3f}, {bits_per_byte:.4f} bits per byte, " + beside

@@ -215,7 +215,8 @@ def verdict(state: dict, loss: float, grad_norm: float, action: str, threshold: 
 # ---------------------------------------------------------------------------------------------------------- report.html
 
 TITLES = {"loss": "Loss (nats per token)", "bits_per_byte": "Bits per byte", "lr": "Learning rate",
-          "grad_norm": "Gradient norm before clipping", "tokens_per_second": "Tokens per second"}  # fmt: skip
+          "grad_norm": "Gradient norm before clipping", "tokens_per_second": "Tokens per second",
+          "skipped": "Updates skipped"}  # fmt: skip
 NO_CURVE = {"kind", "step", "tokens", "seconds", "memory_bytes"}
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 260, 64, 12, 708, 232  # the svg, and the plot inside it, in pixels
 
@@ -296,6 +297,8 @@ def curves_html(rows: list[dict]) -> str:
             if "step" in row and (value is None or isinstance(value, (int, float)) and not isinstance(value, bool)):
                 series.setdefault(f"{kind}.{key}", []).append([row["step"], value])
         series = {name: points for name, points in series.items() if any(v is not None for _, v in points)}
+        if key == "skipped" and not any(v for points in series.values() for _, v in points):
+            continue  # a run without trouble
         out += [f"<h2>{html.escape(TITLES.get(key, key))}</h2>"] if series else []
         for name, points in series.items():
             real = [(v, s) for s, v in points if v is not None]

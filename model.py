@@ -88,10 +88,13 @@ class ModelConfig:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        sizes += [] if family == "llama" else ["num_key_value_heads"]
         if silent := [name for name in sizes if config.get(name) is None]:  # our defaults are not HF's
             raise ValueError(f"config.json: {', '.join(silent)} must be given")
-        values = {f.name: config[f.name] for f in fields(cls) if f.name in config and f.name != "attention"}
+        unwritten = {"mistral": {"sliding_window": 4096}, "qwen3": {"head_dim": 128}}  # HF's, where a file is silent
+        values = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | unwritten.get(family, {})
+        values |= {f.name: config[f.name] for f in fields(cls) if f.name in config and f.name != "attention"}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the newer and the older dialect
         values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
         values["qk_norm"] = family == "qwen3"
@@ -110,7 +113,7 @@ class ModelConfig:
         layer_types = set(config.get("layer_types") or [])
         if layer_types - {"sliding_attention" if values.get("sliding_window") else "full_attention"}:
             raise ValueError(f"config.json: layer_types {sorted(layer_types)}: not supported; all must be alike")
-        return cls(**{"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | values)  # HF's, where a file is silent
+        return cls(**values)
 
     def to_hf(self) -> dict:
         """The dict to write as config.json: what transformers needs to rebuild this very model."""

@@ -8,7 +8,7 @@
     python train_pretrain.py --data corpus/ ... --out out/124m --resume auto       # go on after a crash or Ctrl-C
     python train_pretrain.py --model some/hf_folder --data new.jsonl --replay old.jsonl --replay_fraction 0.2
 
-Flags, presets, loss, checks, what happens to a bad loss; then the loop, in `main`. All randomness is a function of
+Flags, presets, the loss, checks, the model, evaluation; then the loop, in `main`. All randomness is a function of
 (seed, step), so a resumed run repeats the undisturbed one to the bit.
 """
 
@@ -145,7 +145,8 @@ def check(args: Args) -> None:
     for name in ("beta1", "beta2", "replay_fraction"):
         expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
-    expect(args.global_batch_size % args.micro_batch_size == 0, "global_batch_size", "no multiple of --micro_batch_size")
+    batch_fits = args.global_batch_size % args.micro_batch_size == 0
+    expect(batch_fits, "global_batch_size", "no multiple of --micro_batch_size")
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
     expect(args.spike_action != "rollback" or args.save_every, "spike_action", "needs checkpoints: set --save_every")
     expect(args.preset in PRESETS, "preset", f"choose from {', '.join(PRESETS)}")
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     out, device = Path(args.out), metrics.detect_device(args.device)
     log = out / "metrics.jsonl"
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "stopped": False,
-             "best_step": None, "best_loss": None, "evals_since_best": 0, "lr_scale": 1.0,
+             "best_step": None, "best_loss": None, "evals_since_best": 0, "lr_scale": 1.0, "rolled_back_at": None,
              "losses": [], "good_steps": 0, "bad_steps": 0, "loss_scale": 2.0**16 if args.dtype == "float16" else 1.0}
     resume_from = checkpoint.resume_point(out, args.resume, asdict(args), FIXED)
     if resume_from:
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     source = args.tokenizer or (str(checkpoint.find_checkpoint(args.model)) if args.model else None)
     tokenizer, index = prepare(out / "data", data=args.data, val_data=args.val_data, val_fraction=args.val_fraction,
                                tokenizer=source, vocab_size=args.vocab_size)
-    for prompt in args.sample_prompt if args.sample_tokens else []:  # what cannot be sampled is told before the training
+    for prompt in args.sample_prompt if args.sample_tokens else []:  # told before the training, not after
         if len(tokenizer.encode(prompt)) + 1 >= args.seq_len:
             raise ValueError(f"--sample_prompt {prompt[:20]!r}... leaves no room within --seq_len {args.seq_len}")
     replay = None
@@ -280,13 +281,13 @@ def main(argv: list[str] | None = None) -> None:
 
         # Forward and backward, one micro batch after the other: each counted token of the global batch weighs the same.
         micro_batches = next(loader)
-        counted = max(1, sum(int((labels != -100).sum()) for _, labels, _ in micro_batches))
+        counted = sum(int((labels != -100).sum()) for _, labels, _ in micro_batches)
         loss = torch.zeros((), device=device)
         for input_ids, labels, cu_seqlens in micro_batches:
             whole = not args.document_mask or len(cu_seqlens) == len(input_ids) + 1  # no document begins inside a row
             with autocast:
                 logits = forward(input_ids.to(device), cu_seqlens=None if whole else cu_seqlens.to(device))
-            part = next_token_loss(logits, labels.to(device)) / counted
+            part = next_token_loss(logits, labels.to(device)) / max(counted, 1)
             (part * state["loss_scale"]).backward()
             loss = loss + part.detach()
         if state["loss_scale"] != 1.0:
@@ -294,12 +295,11 @@ def main(argv: list[str] | None = None) -> None:
         grad_norm, loss = float(clip_grad_norm(model.parameters(), args.grad_clip)), float(loss)
 
         action = metrics.verdict(state, loss, grad_norm, args.spike_action, args.spike_threshold)
-        if action == "rollback" and checkpoint.latest(out):
-            scale, state = state["lr_scale"] / 2, restore(checkpoint.latest(out))
-            state["lr_scale"] = scale
-            print(f"because of a loss spike ({loss:.4f}), with {scale:g} of the learning rate")
+        if action == "rollback" and state["step"] != state["rolled_back_at"] and (good := checkpoint.latest(out)):
+            state = restore(good) | {"lr_scale": state["lr_scale"] / 2, "rolled_back_at": state["step"]}
+            print(f"because of a loss spike ({loss:.4f}), with {state['lr_scale']:g} of the learning rate")
             optimizer.zero_grad()
-            continue
+            continue  # if the same batch spikes again, it is the batch: the second time it is skipped
         if action == "apply":
             optimizer.step()
         else:

@@ -3,7 +3,7 @@
     bash quickstart.sh
 
 Exits with 1 if a stage misses the figure that it ships with. A second call finds the finished stages and repeats only the
-table; delete out/quickstart to start again. The table also lies in bench/results/quickstart.json.
+table; delete out/quickstart to start again. With --record the table goes into bench/results/quickstart.json.
 """
 
 import json
@@ -63,7 +63,8 @@ def main() -> None:
     rows[1] |= {"bits_per_byte_before": before, "bits_per_byte_after": after, "tokens_per_second": last["tokens"] / last["seconds"],
                 "training_seconds": round(last["seconds"], 1)}
     rows[2] |= {"gzip_bits_per_byte": gzip, "xz_bits_per_byte": xz}
-    write_results("quickstart", rows, quiet=True)
+    if "--record" in sys.argv[1:]:
+        write_results("quickstart", rows, quiet=True)
 
     print(f"\n{'stage':<12}{'seconds':>9}{'bits per byte':>20}{'tokens/s':>11}{'peak memory':>14}")
     for row in rows:

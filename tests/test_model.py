@@ -333,3 +333,16 @@ def test_both_dialects_of_rope_theta_are_read():
     assert ModelConfig.from_hf(config).rope_theta == 12345.0
     config.pop("rope_theta")
     assert ModelConfig.from_hf(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}).rope_theta == 777.0
+
+
+def test_what_a_hugging_face_file_leaves_out_has_hugging_face_s_value_not_ours():
+    config = tiny(**FAMILIES["mistral"]).config.to_hf()
+    del config["sliding_window"], config["rms_norm_eps"]
+    read = ModelConfig.from_hf(config)
+    assert (read.sliding_window, read.rms_norm_eps) == (4096, 1e-6)
+    config = tiny(**FAMILIES["qwen3"]).config.to_hf()
+    del config["head_dim"]
+    assert ModelConfig.from_hf(config).head_dim == 128
+    del config["num_key_value_heads"]
+    with pytest.raises(ValueError, match="num_key_value_heads must be given"):
+        ModelConfig.from_hf(config)

@@ -1,10 +1,12 @@
 """The pretraining stage as a user meets it: each flag changes what it says it changes, and a run survives anything."""
 
+import html
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -256,6 +258,22 @@ def test_the_best_checkpoint_is_kept_and_early_stopping_stops(text, tmp_path):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))  # finished is finished
 
 
+def test_samples_go_on_from_the_prompts_and_are_as_long_as_asked(text, tmp_path):
+    run = train(text, tmp_path / "run", max_steps=2, sample_tokens=7, sample_prompt=["2 plus", "3"])
+    samples = json.loads((run / "samples.json").read_text())
+    assert [sample["prompt"] for sample in samples] == ["2 plus", "3"]
+    assert all(0 < len(re.sub(r"<\|\w+\|>", "#", sample["text"])) <= 7 for sample in samples)  # a token is a character
+    report = (run / "report.html").read_text()
+    assert all(html.escape(sample["text"]) in report for sample in samples)
+    with pytest.raises(ValueError, match="leaves no room within --seq_len 16"):
+        train(text, tmp_path / "long", sample_tokens=7, sample_prompt=["1 plus 2 is 3; 1 times 2"])
+
+
+def test_every_flag_is_tried_somewhere_in_this_file():
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in Args.__dataclass_fields__ if f"{name}=" not in here and f'"{name}"' not in here] == []
+
+
 # ---- bad losses
 
 
@@ -300,6 +318,12 @@ def test_a_spike_rolls_back_at_half_the_learning_rate(text, tmp_path, monkeypatc
     run = train(text, tmp_path / "run", max_steps=45, spike_action="rollback", save_every=30, schedule="constant", warmup_steps=0)
     assert [row["step"] for row in rows(run)] == list(range(1, 46))  # the rows after the checkpoint are gone, once
     assert [row["lr"] for row in rows(run)] == [3e-3] * 30 + [1.5e-3] * 15
+
+
+def test_a_batch_that_spikes_again_after_the_rollback_is_skipped(text, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {40}, 50.0)
+    run = train(text, tmp_path / "run", max_steps=45, spike_action="rollback", save_every=30)
+    assert rows(run)[-1]["skipped"] == 1 and [row["step"] for row in rows(run)] == list(range(1, 46))
 
 
 def test_a_nan_is_never_applied_and_many_in_a_row_end_the_run(text, tmp_path, monkeypatch):
@@ -416,6 +440,8 @@ def test_going_on_from_a_model_starts_at_its_loss_and_mixes_replayed_text(text, 
     forgetful = train(str(new), tmp_path / "forgetful", **settings)
     replayed = train(str(new), tmp_path / "replayed", **settings, replay=text, replay_fraction=0.5)
     shape = ("hidden_size", "vocab_size", "num_hidden_layers")
+    other = train(str(new), tmp_path / "other", **settings, replay=text, replay_fraction=0.1)
+    assert losses(other) != losses(replayed)
     config = [json.loads((checkpoint.latest(run) / "config.json").read_text()) for run in (base, replayed)]
     assert [config[0][name] for name in shape] == [config[1][name] for name in shape]
     assert rows(replayed, "eval")[0]["loss"] < rows(base, "eval")[0]["loss"] - 1.0  # not from scratch
@@ -428,6 +454,9 @@ def test_going_on_from_a_model_starts_at_its_loss_and_mixes_replayed_text(text, 
 @pytest.mark.parametrize("change, complaint", [
     (dict(data="no_such_file.txt"), "no_such_file.txt"),
     (dict(tp=2), "--tp 2: not available yet"),
+    (dict(pp=2), "--pp 2: not available yet"),
+    (dict(cp=2), "--cp 2: not available yet"),
+    (dict(ep=2), "--ep 2: not available yet"),
     (dict(dp=2), "--dp 2: not available yet"),
     (dict(zero=1), "--zero 1: not available yet"),
     (dict(kernels="triton"), "--kernels triton: not available yet"),
@@ -511,6 +540,21 @@ def test_command_line_errors_are_one_line_and_exit_code_2(tmp_path):
                               capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file size limits, which stand in for a full disk, are a POSIX thing")
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(text, tmp_path):
+    import resource
+    run = train(text, tmp_path / "run", schedule="constant", save_every=4)
+    size = (run / "step_00000012" / "optimizer.safetensors").stat().st_size
+    command = [sys.executable, str(ROOT / "train_pretrain.py"), *flags(text, run, schedule="constant", save_every=4, max_steps=20, resume="auto")]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, size - 100)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "step_00000016" in done.stderr and "step_00000012 is intact" in done.stderr
+    assert not list(run.glob(".tmp*")) and checkpoint.damage(checkpoint.latest(run)) is None
+    train(text, run, schedule="constant", save_every=4, max_steps=20, resume="auto")  # once there is room again
+    assert_same_run(run, train(text, tmp_path / "whole", schedule="constant", save_every=4, max_steps=20))
 
 
 def test_presets_have_the_sizes_they_are_named_after():
