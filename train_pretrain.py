@@ -66,7 +66,7 @@ class Args:
     initializer_range: float | None = None  # standard deviation of the initial weights
     # optimization
     global_batch_size: int = 16  # sequences per update
-    micro_batch_size: int = 16  # sequences per forward pass and data-parallel rank; gradients accumulate over the rest
+    micro_batch_size: int = 16  # at most so many per forward pass (and data-parallel rank); the rest is accumulated
     max_steps: int = 1000  # number of updates
     optimizer: Literal["adamw", "muon", "lion", "adafactor", "adamw8bit"] = "adamw"  # see optim.py
     lr: float = 3e-3  # peak learning rate
@@ -145,8 +145,6 @@ def check(args: Args) -> None:
     for name in ("beta1", "beta2", "replay_fraction"):
         expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
-    batch_fits = args.global_batch_size % args.micro_batch_size == 0
-    expect(batch_fits, "global_batch_size", "no multiple of --micro_batch_size")
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
     expect(args.spike_action != "rollback" or args.save_every, "spike_action", "needs checkpoints: set --save_every")
     expect(args.preset in PRESETS, "preset", f"choose from {', '.join(PRESETS)}")

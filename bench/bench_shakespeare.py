@@ -34,7 +34,7 @@ from optim import build_optimizer, clip_grad_norm  # noqa: E402
 
 STEPS, BATCH, BLOCK, TARGET = 2000, 12, 64, 1.886  # TARGET: what nanoGPT reaches with this budget
 FLAGS = ("--tokenizer char --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4 --num_key_value_heads 2 --seq_len 64 "
-         "--global_batch_size 12 --micro_batch_size 12 --max_steps 2000 --optimizer muon --lr 3e-3 --schedule linear "
+         "--global_batch_size 12 --max_steps 2000 --optimizer muon --lr 3e-3 --schedule linear "
          "--eval_every 50 --save_every 0 --log_every 50 --sample_tokens 0 --device cpu").split()
 
 

@@ -21,8 +21,8 @@ from metrics import read_rows  # noqa: E402
 OUT = "out/quickstart"
 STAGES = {
     "tokenizer": f"-m data.prepare --data stdlib --vocab_size 2048 --out {OUT}/data",
-    "pretrain": f"train_pretrain.py --data {OUT}/data --out {OUT}/pretrain --optimizer muon --lr 1e-2 --schedule linear "
-                "--seq_len 256 --global_batch_size 8 --micro_batch_size 8 --max_steps 1500 --warmup_steps 30 --eval_every 500 "
+    "pretrain": f"train_pretrain.py --data {OUT}/data --out {OUT}/pretrain --optimizer muon --lr 5e-3 --schedule linear "
+                "--seq_len 256 --global_batch_size 8 --max_steps 1250 --warmup_steps 30 --eval_every 500 "
                 "--save_every 500 --log_every 50 --resume auto",
     "evaluate": f"evaluate.py --model {OUT}/pretrain --data {OUT}/data --baselines --out {OUT}/evaluation.json",
     "samples": f"generate.py --model {OUT}/pretrain --prompt 'def main(' 'class Test' 'The ' --max_new_tokens 80 --top_p 0.95 "
