@@ -1,4 +1,4 @@
-r"""Text to token ids and back: byte-level BPE (trained here, or loaded), characters, and sentencepiece.
+"""Text to token ids and back: byte-level BPE (trained here, or loaded), characters, and sentencepiece.
 
 Byte-pair encoding (Sennrich et al. 2016; over bytes: GPT-2, 2019) in three steps:
 
@@ -7,23 +7,20 @@ Byte-pair encoding (Sennrich et al. 2016; over bytes: GPT-2, 2019) in three step
     merge     again and again, the two neighbours whose union is the *lowest-ranked* token become that token
 
 Training finds the ranks: count all neighbouring pairs, make the most frequent one a token, repeat. The whole tokenizer
-is then one table {token bytes: rank}, and `BPETokenizer.encode_reference` applies it in a few lines of Python; `encode`
-hands the same table to tiktoken, which does the same in Rust. A token's rank (when it merges) is usually its id as
-well, but need not be in files made by others: the two are kept apart.
+is then one table {token bytes: rank}. `BPETokenizer.encode_reference` applies it in a few lines of Python; `encode`
+hands it to tiktoken, which does the same in Rust (by another regex engine: where the Unicode tables of the two are of
+different years, so are the cuts).
 
     tokenizer = BPETokenizer.train(texts, vocab_size=8192)
     tokenizer.save("out/tokenizer")                    # a Hugging Face tokenizer.json
     tokenizer = load_tokenizer("out/tokenizer")        # that, or a GPT-2, tiktoken or sentencepiece file
 
-Special tokens ("<|endoftext|>") have ids, but never come out of plain text: a user who types one gets its letters,
-unless the caller names it in `allowed_special`.
-
-A trap: `train` and `encode_reference` split by Python's `regex`, `encode` by tiktoken's engine, and their Unicode tables
-are of different years. They agree on the code points that both know.
+Special tokens ("<|endoftext|>") never come out of plain text, unless the caller names them in `allowed_special`.
 """
 
 import base64
 import heapq
+import itertools
 import json
 import os
 import unicodedata
@@ -46,34 +43,29 @@ O200K_PATTERN = (rf"""[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|
                  r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
 
 # A *.tiktoken file holds ranks only; its pattern and special tokens are published in tiktoken's source, by name.
-_FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 TIKTOKEN_FILES = {
     "r50k_base": (GPT2_PATTERN, {"<|endoftext|>": 50256}),
     "p50k_base": (GPT2_PATTERN, {"<|endoftext|>": 50256}),
-    "cl100k_base": (CL100K_PATTERN, {"<|endoftext|>": 100257, **dict(zip(_FIM, (100258, 100259, 100260))),
-                                     "<|endofprompt|>": 100276}),
+    "cl100k_base": (CL100K_PATTERN, {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
+                                     "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
     "o200k_base": (O200K_PATTERN, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and merging: two functions on bytes
+# ------------------------------------------------------------------------------------------------- training and merging
 
 def train_bpe(words: dict[bytes, int], num_merges: int) -> list[tuple[bytes, bytes]]:
     """Learn merges from pre-tokens and how often each occurs (Sennrich et al. 2016, algorithm 1).
 
     Each step merges the most frequent pair; among equals, the one whose (left, right) byte strings are greatest, so the
-    result never depends on order. Fewer than `num_merges` come back when no pair is left to merge.
-
-    A step touches only the words that hold its pair: `where` is the inverted index pair -> words. The best pair is on
-    top of a heap that is corrected lazily: old pairs only ever become rarer (a merge makes new pairs, all with the new
-    token in them), so an entry's count is an upper bound, checked when it comes to the top.
-
-    A token is one character, chr(id), so a word is a string, a pair is two characters, and str.replace merges.
-    """
-    tokens = [bytes([b]) for b in range(256)]                      # id -> bytes
-    order = [_descending(token) for token in tokens]               # id -> sort key, greatest byte string first
-    sequences = [word.decode("latin-1") for word in words]         # byte b is chr(b)
+    result never depends on order. Fewer than `num_merges` come back when no pair is left to merge. A step touches only
+    the words that hold its pair, found by the inverted index `where`. The best pair is on top of a heap that is
+    corrected lazily: old pairs only ever become rarer (a merge makes new pairs, all with the new token in them), so an
+    entry's count is an upper bound, checked when it comes to the top."""
+    # In here a token is one character, chr(id): a word is a string, a pair is two characters, str.replace merges them.
+    tokens = {chr(b): bytes([b]) for b in range(256)}
+    order = {chr(b): chr(255 - b) + "\u0100" for b in range(256)}  # sort keys, greatest bytes first: their complements,
+    sequences = [word.decode("latin-1") for word in words]         # and an end above all, for b"ab" is before b"a"
     frequency = list(words.values())
     counts: dict[str, int] = defaultdict(int)
     where: dict[str, set[int]] = defaultdict(set)
@@ -83,22 +75,21 @@ def train_bpe(words: dict[bytes, int], num_merges: int) -> list[tuple[bytes, byt
             where[pair].add(index)
 
     def entry(pair):
-        return -counts[pair], order[ord(pair[0])], order[ord(pair[1])], pair
+        return -counts[pair], order[pair[0]], order[pair[1]], pair
 
     heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
     merges: list[tuple[bytes, bytes]] = []
-    while len(merges) < num_merges and heap:
+    while len(merges) < num_merges and heap and heap[0][0] < 0:
         count, _, _, best = heapq.heappop(heap)
         if -count != counts[best]:                                 # became rarer since it was pushed
-            if counts[best] > 0:
-                heapq.heappush(heap, entry(best))
+            heapq.heappush(heap, entry(best))
             continue
-        left, right = (tokens[ord(character)] for character in best)
-        merges.append((left, right))
+        left, right = best
+        merges.append((tokens[left], tokens[right]))
         new = chr(len(tokens))
-        tokens.append(left + right)
-        order.append(_descending(left + right))
+        tokens[new] = tokens[left] + tokens[right]
+        order[new] = order[left][:-1] + order[right]
         created = set()
         for index in where.pop(best):
             before = sequences[index]
@@ -115,11 +106,6 @@ def train_bpe(words: dict[bytes, int], num_merges: int) -> list[tuple[bytes, byt
     return merges
 
 
-def _descending(token: bytes) -> str:
-    """A key that sorts byte strings from greatest to least: complemented bytes, then an end mark above them all."""
-    return "".join(chr(255 - b) for b in token) + "\u0100"
-
-
 def merge_bytes(piece: bytes, ranks: dict[bytes, int], below: float = float("inf")) -> list[bytes]:
     """Encode one pre-token: merge the lowest-ranked neighbours, leftmost first, while their rank is under `below`."""
     parts = [bytes([b]) for b in piece]
@@ -131,11 +117,14 @@ def merge_bytes(piece: bytes, ranks: dict[bytes, int], below: float = float("inf
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Special tokens, and text as bytes
+# ------------------------------------------------------------------------------------------ text, special tokens, bytes
 
 def _cut_out(text: str, names: Iterable[str]) -> list[str]:
     """Cut `text` around each occurrence of a name (the longest that fits, from the left); the names stay as parts."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair: {text[error.start]!r} at character {error.start}") from None
     alternatives = "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
     return [part for part in regex.split(f"({alternatives})", text) if part] if alternatives else [text]
 
@@ -145,27 +134,13 @@ def _training_text(texts: Iterable[str], special_tokens: list[str]) -> Iterator[
     if isinstance(texts, str):
         raise ValueError("texts must be several texts (a list, a generator ...), not one string")
     for text in texts:
-        _utf8(text)
         yield from (part for part in _cut_out(text, special_tokens) if part not in special_tokens)
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds half a surrogate pair, {text[error.start]!r} at character {error.start}: "
-                         "it cannot be written as UTF-8") from None
-
-
 # Files spell a token's bytes in GPT-2's printable alphabet: visible Latin-1 characters, and U+0100 on for the others.
-_VISIBLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-_CHARACTER_OF_BYTE = {b: chr(b) for b in _VISIBLE}
-_CHARACTER_OF_BYTE |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(_VISIBLE)))}
+_HIDDEN = [b for b in range(256) if chr(b) == " " or not chr(b).isprintable()]
+_CHARACTER_OF_BYTE = {b: chr(256 + _HIDDEN.index(b)) if b in _HIDDEN else chr(b) for b in range(256)}
 _BYTE_OF_CHARACTER = {character: b for b, character in _CHARACTER_OF_BYTE.items()}
-
-
-def _to_printable(token: bytes) -> str:
-    return "".join(map(_CHARACTER_OF_BYTE.__getitem__, token))
 
 
 def _from_printable(token: str) -> bytes:
@@ -174,33 +149,28 @@ def _from_printable(token: str) -> bytes:
     return bytes(map(_BYTE_OF_CHARACTER.__getitem__, token)) if spelled else token.encode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizers
+# ----------------------------------------------------------------------------------------------------------- tokenizers
 
 class Tokenizer:
-    """What all tokenizers share. A subclass adds `_encode_plain(text)`, which encodes without special tokens, and
-    `save(directory)`, which writes the files that `load_tokenizer(directory)` reads, each atomically.
-    """
+    """What all tokenizers share. A subclass adds `_encode_plain(text)`, which knows no special tokens, and
+    `save(directory)`, which writes the files that `load_tokenizer(directory)` reads, each atomically."""
 
-    def __init__(self, tokens: list[tuple[bytes, int]], special_tokens: dict[str, int],
-                 added_tokens: dict[str, int] | None = None, *, bos: int | None = None, eos: int | None = None,
-                 pad: int | None = None):
+    def __init__(self, tokens: list[tuple[bytes, int]], special_tokens: dict[str, int], added_tokens=None, *,
+                 bos: int | None = None, eos: int | None = None, pad: int | None = None):
         self.special_tokens = special_tokens      # text -> id; found in text only when `allowed_special` says so
         self.added_tokens = added_tokens or {}    # text -> id; whole words of the vocabulary, always found in text
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
         tokens = tokens + [(name.encode(), i) for name, i in (special_tokens | self.added_tokens).items()]
+        if not all(isinstance(i, int) and i >= 0 for _, i in tokens):
+            raise ValueError("an id in the vocabulary is not a whole number")
         self._bytes = {i: token for token, i in tokens}
         if len(self._bytes) < len(tokens):
             raise ValueError("two tokens of the vocabulary have the same id")
         self.vocab_size = max(self._bytes, default=-1) + 1
 
     def encode(self, text: str, allowed_special: str | Iterable[str] = ()) -> list[int]:
-        """Token ids of `text`; no BOS or EOS is added.
-
-        The text of a special token is plain text, unless `allowed_special` (names, or "all") lists it.
-        ValueError: an unknown name, half a surrogate pair, or a character that the vocabulary cannot spell.
-        """
-        _utf8(text)
+        """Token ids of `text`; no BOS or EOS is added. A special token's text is plain text, unless `allowed_special`
+        (names, or "all") lists it. ValueError: an unknown name, half a surrogate pair, a character without a token."""
         whole = dict(self.added_tokens)
         for name in self.special_tokens if allowed_special == "all" else allowed_special:
             if name not in self.special_tokens:
@@ -226,8 +196,8 @@ class Tokenizer:
         except KeyError as error:
             raise ValueError(f"token id {error.args[0]} is not in the vocabulary (size {self.vocab_size})") from None
 
-    def _save_json(self, directory: str | os.PathLike, vocab: dict[str, int], merges: list[str], *, decoder: dict,
-                   ignore_merges=False, normalizer=None, pre_tokenizer=None) -> None:
+    def _save_json(self, directory: str | os.PathLike, vocab: dict[str, int], merges: list[str], decoder: dict, *,
+                   ignore_merges=False, nfc=False, pre_tokenizer=None) -> None:
         """Hugging Face's tokenizer.json, and tokenizer_config.json for transformers' AutoTokenizer."""
         names = self.special_tokens | self.added_tokens
         added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
@@ -240,8 +210,8 @@ class Tokenizer:
                  "vocab": vocab, "merges": merges}
         ends = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
         tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                     "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None,
-                     "decoder": decoder, "model": model}
+                     "normalizer": {"type": "NFC"} if nfc else None, "pre_tokenizer": pre_tokenizer,
+                     "post_processor": None, "decoder": decoder, "model": model}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                   **{end: None if i is None else self.decode([i]) for end, i in ends.items()}}
         for name, data in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
@@ -249,20 +219,16 @@ class Tokenizer:
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE. Build one by `train` or `load_tokenizer`; what the constructor takes:
+    """Byte-level BPE. Build one by `train` or `load_tokenizer`; the constructor takes, besides what Tokenizer takes,
 
-    vocab          token bytes -> id: the single bytes, and each token that merging can make
-    special_tokens, added_tokens, bos, eos, pad: as in Tokenizer
+    vocab          token bytes -> id: the single bytes, and each token that merging can make, in the order of merging
     pattern        regular expression whose matches are the pre-tokens; it must leave nothing out
-    merge_order    the merged tokens, first merge first; by default in the order of their ids
     unreachable    vocabulary entries (as spelled in the file) that no merge makes: decoded, never encoded
-    nfc            compose accents first (Unicode NFC), as Qwen's files ask
-    """
+    nfc            compose accents first (Unicode NFC), as Qwen's files ask"""
 
     def __init__(self, vocab: dict[bytes, int], special_tokens: dict[str, int],
                  added_tokens: dict[str, int] | None = None, *, pattern: str = QWEN2_PATTERN,
-                 merge_order: list[bytes] | None = None, unreachable: dict[str, int] | None = None, nfc: bool = False,
-                 **ends: int | None):
+                 unreachable: dict[str, int] | None = None, nfc: bool = False, **ends: int | None):
         self.vocab, self.pattern, self.nfc, self.unreachable = vocab, pattern, nfc, unreachable or {}
         if clash := [name for name in special_tokens | (added_tokens or {}) if _from_printable(name) in vocab]:
             raise ValueError(f"special token {clash[0]!r} is spelled like an ordinary token")
@@ -270,13 +236,11 @@ class BPETokenizer(Tokenizer):
         super().__init__([*vocab.items(), *never_made], special_tokens, added_tokens, **ends)
 
         # tiktoken gives out ranks. They are the ids if those rise from merge to merge; else ids are looked up by rank.
-        self.merge_order = merge_order or sorted((token for token in vocab if len(token) > 1), key=vocab.__getitem__)
+        self.merge_order = [token for token in vocab if len(token) > 1]
         ids = [vocab[token] for token in self.merge_order]
         self.ranks, self._id_of_rank = vocab, None
         if ids != sorted(ids):
-            single = [token for token in vocab if len(token) == 1]
-            self.ranks = {token: rank for rank, token in enumerate(single + self.merge_order)}
-            self._id_of_rank = [vocab[token] for token in self.ranks]
+            self.ranks, self._id_of_rank = {token: rank for rank, token in enumerate(vocab)}, list(vocab.values())
         self._missing_bytes = {b for b in range(256) if bytes([b]) not in vocab}
         try:
             self._pattern = regex.compile(pattern)
@@ -292,25 +256,19 @@ class BPETokenizer(Tokenizer):
               pattern: str = QWEN2_PATTERN) -> "BPETokenizer":
         """Learn a vocabulary from `texts`, which are read once, one at a time; only distinct pre-tokens are kept.
 
-        Ids: 256 bytes, then merges in order, then the special tokens. `vocab_size` counts all of them; a text too small
-        to give so many merges gives a smaller vocabulary (read `.vocab_size`). Special tokens in the text are cut out,
-        nothing is merged across them. The first special token ends documents: it is EOS, and serves as BOS and padding.
-        """
+        Ids: 256 bytes, then merges in order, then special tokens. `vocab_size` counts all; a small text gives fewer.
+        Special tokens are cut out of the text, nothing is merged across them. The first is EOS, BOS and padding."""
         names = list(dict.fromkeys(special_tokens))
-        num_merges = vocab_size - 256 - len(names)
-        if num_merges < 0:
-            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens need "
-                             f"at least {256 + len(names)}")
-        single = [bytes([b]) for b in range(256)]
-        split = cls({token: i for i, token in enumerate(single)}, {}, pattern=pattern).split
-        pieces: Counter[str] = Counter()
-        for part in _training_text(texts, names):
-            pieces.update(split(part))
-        merges = train_bpe({piece.encode(): count for piece, count in pieces.items()}, num_merges)
-        tokens = single + [left + right for left, right in merges]
-        end = len(tokens) if names else None
-        return cls({token: i for i, token in enumerate(tokens)}, {name: len(tokens) + i for i, name in enumerate(names)},
-                   pattern=pattern, bos=end, eos=end, pad=end)
+        if vocab_size < 256 + len(names):
+            raise ValueError(f"vocab_size {vocab_size}: bytes and special tokens alone are at least {256 + len(names)}")
+        vocab = {bytes([b]): b for b in range(256)}
+        split = cls(vocab, {}, pattern=pattern).split
+        pieces = Counter(itertools.chain.from_iterable(map(split, _training_text(texts, names))))
+        merges = train_bpe({piece.encode(): count for piece, count in pieces.items()}, vocab_size - 256 - len(names))
+        vocab = vocab | {left + right: 256 + i for i, (left, right) in enumerate(merges)}
+        special = {name: len(vocab) + i for i, name in enumerate(names)}
+        end = special[names[0]] if names else None
+        return cls(vocab, special, pattern=pattern, bos=end, eos=end, pad=end)
 
     def split(self, text: str) -> list[str]:
         """The pre-tokens of `text`."""
@@ -323,7 +281,7 @@ class BPETokenizer(Tokenizer):
             if part in self.added_tokens:
                 ids.append(self.added_tokens[part])
                 continue
-            for piece in map(_utf8, self.split(self._prepare(part))):
+            for piece in map(str.encode, self.split(self._prepare(part))):
                 tokens = [piece] if piece in self.ranks else merge_bytes(piece, self.ranks)
                 ids += [self.vocab[token] for token in tokens]
         return ids
@@ -344,23 +302,21 @@ class BPETokenizer(Tokenizer):
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write `directory`/tokenizer.json and tokenizer_config.json, as Hugging Face's `tokenizers` reads them."""
+        spelled = {token: token.decode("latin-1").translate(_CHARACTER_OF_BYTE) for token in self.vocab}
         # The pair that makes a token is what its bytes had merged to just before. A token that no pair makes is found
         # only where it is a pre-token as it stands, which Hugging Face calls ignore_merges.
         parts = [merge_bytes(token, self.ranks, below=self.ranks[token]) for token in self.merge_order]
-        pairs = [pair for pair in parts if len(pair) == 2]
+        merges = [" ".join(map(spelled.get, pair)) for pair in parts if len(pair) == 2 and spelled.keys() >= set(pair)]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        self._save_json(directory, {_to_printable(token): i for token, i in self.vocab.items()} | self.unreachable,
-                        [" ".join(map(_to_printable, pair)) for pair in pairs], decoder=byte_level,
-                        ignore_merges=len(pairs) < len(parts), normalizer={"type": "NFC"} if self.nfc else None,
+        self._save_json(directory, {spelled[token]: i for token, i in self.vocab.items()} | self.unreachable, merges,
+                        byte_level, ignore_merges=len(merges) < len(parts), nfc=self.nfc,
                         pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]})
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character (code point): ids in the order of the code points, then the special tokens.
-
-    There is no "unknown" token: a character that the training text never showed is a ValueError that names it.
-    """
+    """One token per character (code point), in the order of the code points; then the special tokens. No token stands
+    for "unknown": a character that the training text never showed is a ValueError that names it."""
 
     def __init__(self, vocab: dict[str, int], special_tokens: dict[str, int], **ends: int | None):
         super().__init__([(character.encode(), i) for character, i in vocab.items()], special_tokens, **ends)
@@ -370,45 +326,36 @@ class CharTokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], special_tokens: Iterable[str] = ("<|endoftext|>",)) -> "CharTokenizer":
         """Collect the characters of `texts`, special tokens cut out; the first of these is EOS, BOS and padding."""
         names = list(dict.fromkeys(special_tokens))
-        characters: set[str] = set()
-        for part in _training_text(texts, names):
-            characters.update(part)
-        end = len(characters) if names else None
-        return cls({character: i for i, character in enumerate(sorted(characters))},
-                   {name: len(characters) + i for i, name in enumerate(names)}, bos=end, eos=end, pad=end)
+        characters = sorted(set(itertools.chain.from_iterable(_training_text(texts, names))))
+        special = {name: len(characters) + i for i, name in enumerate(names)}
+        end = special[names[0]] if names else None
+        return cls({character: i for i, character in enumerate(characters)}, special, bos=end, eos=end, pad=end)
 
     def _encode_plain(self, text: str) -> list[int]:
         try:
             return list(map(self.vocab.__getitem__, text))
-        except KeyError as error:
-            raise ValueError(f"character {error.args[0]!r} is not in this tokenizer's vocabulary: the text that it "
-                             "was trained on never showed it") from None
+        except KeyError as missing:
+            raise ValueError(f"character {missing} is not in this tokenizer's vocabulary: unseen in training") from None
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json (to Hugging Face: BPE without merges, whose decoder just joins) and its config."""
-        self._save_json(directory, self.vocab, [], decoder={"type": "Fuse"})
+        self._save_json(directory, self.vocab, [], {"type": "Fuse"})
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `tokenizer.model` (Llama 2, Mistral, T5 ...): a thin coat over the sentencepiece package.
-
-    Control pieces ("<s>", "</s>", "<unk>") are the special tokens. Text around an allowed one is encoded part by part,
-    so the blank that most models put before the text comes before each part, as in Meta's and Mistral's own code.
-    """
+    """A sentencepiece `tokenizer.model` (Llama 2, Mistral, T5 ...): a thin coat over the sentencepiece package. Control
+    pieces ("<s>", "</s>", "<unk>") are the special tokens. Text around an allowed one is encoded part by part, so the
+    blank that most models put before the text comes before each part, as in Meta's and Mistral's own code."""
 
     def __init__(self, model_proto: bytes):
         self._model_proto = model_proto
         self._model = model = sentencepiece.SentencePieceProcessor()
         model.LoadFromSerializedProto(model_proto)
-        tokens, special = [], {}
-        for i in range(model.vocab_size()):
-            piece = model.id_to_piece(i)
-            if model.is_control(i) or model.is_unknown(i):
-                special[piece] = i
-            elif model.is_byte(i):  # "<0x0A>"
-                tokens.append((bytes([int(piece[1:-1], 16)]), i))
-            else:
-                tokens.append((piece.replace("\u2581", " ").encode(), i))
+        pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+        special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)}
+        # A byte is spelled "<0x0A>"; in other pieces U+2581 stands for a blank.
+        tokens = [(bytes([int(piece[1:-1], 16)]) if model.is_byte(i) else piece.replace("\u2581", " ").encode(), i)
+                  for i, piece in enumerate(pieces) if piece not in special]
         ends = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
         super().__init__(tokens, special, **{end: i for end, i in ends.items() if i >= 0})
         self._bytes |= dict.fromkeys(special.values(), b"")  # sentencepiece decodes them to nothing
@@ -432,8 +379,7 @@ class SentencePieceTokenizer(Tokenizer):
         _write(Path(directory) / "tokenizer.model", self._model_proto)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer from a file, or from the folder that holds one:
@@ -441,12 +387,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         tokenizer.json (any *.json)   ours, or Hugging Face's byte-level BPE; BOS, EOS and padding come from
                                       tokenizer_config.json beside it; without one, <|endoftext|> is EOS if it exists
         tokenizer.model (*.model*)    sentencepiece
-        vocab.bpe                     GPT-2's, with encoder.json beside it
+        vocab.bpe (*.bpe)             GPT-2's, with encoder.json beside it
         r50k_base.tiktoken ...        ranks of tiktoken's published encodings, known by their names
 
     Tokens that a tokenizer.json marks as special are `special_tokens`; those it marks as not special are always found
-    in text, as Hugging Face does. ValueError: a broken file, or a feature that would change ids and is not known here.
-    """
+    in text, as Hugging Face does. ValueError: a broken file, or a feature that would change ids and is unknown here."""
+    loaders = {".json": _load_json, ".bpe": _load_gpt2, ".tiktoken": _load_tiktoken}
     path = Path(path)
     if path.is_dir():
         names = ["tokenizer.json", "tokenizer.model", "vocab.bpe", *(name + ".tiktoken" for name in TIKTOKEN_FILES)]
@@ -459,20 +405,16 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     try:
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
-        if path.suffix == ".json":
-            return _load_json(path)
-        if path.suffix == ".tiktoken":
-            return _load_tiktoken(path)
-        if path.name == "vocab.bpe":
-            return _load_gpt2(path)
+        if path.suffix in loaders:
+            return loaders[path.suffix](path)
         if ".model" in path.name:
             return SentencePieceTokenizer(path.read_bytes())
-        raise ValueError("unknown kind of tokenizer file (known: *.json, *.model, vocab.bpe, *.tiktoken)")
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError("unknown kind of tokenizer file (known: *.json, *.model, *.bpe, *.tiktoken)")
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, UnicodeError) as error:
         raise ValueError(f"{path}: not a readable tokenizer ({type(error).__name__}: {error})") from None
-    except ValueError as error:
-        named = str(error).startswith(str(path.parent / ""))  # by the reader of this file, or of the one beside it
-        raise ValueError(str(error) if named else f"{path}: {error}") from None
+    except ValueError as error:  # (what is wrong), or (where, what is wrong)
+        where, what = (path, *error.args)[-2:]
+        raise ValueError(f"{where}: {what}") from None
 
 
 def _load_json(path: Path) -> Tokenizer:
@@ -480,7 +422,7 @@ def _load_json(path: Path) -> Tokenizer:
     data = _read_json(path)
     if "vocab" not in (data.get("model") or {}):
         raise ValueError("not a tokenizer.json: it has no model with a vocab")
-    model, splitter, normalizer = data["model"], data.get("pre_tokenizer"), data.get("normalizer") or {}
+    model, splitter, normalizer = data["model"], data.get("pre_tokenizer"), data.get("normalizer")
     tokens = data.get("added_tokens") or []
     special = {token["content"]: token["id"] for token in tokens if token.get("special")}
     added = {token["content"]: token["id"] for token in tokens if not token.get("special")}
@@ -488,106 +430,87 @@ def _load_json(path: Path) -> Tokenizer:
     characters = joins and splitter is None and not model.get("merges") and not added
     pattern = _split_pattern(splitter or {})
 
-    kind, normal_form = model.get("type", "BPE"), normalizer.get("type")
-    changes_ids = {f"model {kind}": kind != "BPE"}
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        changes_ids[f"model.{key}"] = model.get(key)
-    changes_ids[f"normalizer {normal_form}"] = normalizer and normal_form != "NFC"
-    for token in tokens:
-        for key in ("lstrip", "rstrip", "single_word"):
-            changes_ids[f"{key} of added token {token['content']!r}"] = token.get(key)
-    changes_ids[f"pre_tokenizer {json.dumps(splitter)}"] = not (characters or pattern)
-    for feature, present in changes_ids.items():
-        if present:
-            raise ValueError(f"{feature} is not supported (byte-level BPE is)")
+    unknown = [f"model {model['type']}"] if model.get("type", "BPE") != "BPE" else []
+    unknown += [f"model.{key}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                                           "byte_fallback") if model.get(key)]
+    unknown += [f"normalizer {normalizer['type']}"] if normalizer and normalizer["type"] != "NFC" else []
+    unknown += [f"{key} of added token {token['content']!r}" for token in tokens
+                for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
+    unknown += [f"pre_tokenizer {json.dumps(splitter)}"] if not (characters or pattern) else []
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not supported (byte-level BPE is)")
 
-    names = special | added
-    ids = model["vocab"] | names
-    if not all(isinstance(i, int) and i >= 0 for i in (*model["vocab"].values(), *names.values())):
-        raise ValueError("an id in the vocabulary is not a whole number")
-    ends = _end_tokens(path.with_name("tokenizer_config.json"), ids)
-    if characters:
-        return CharTokenizer({token: i for token, i in model["vocab"].items() if token not in special}, special, **ends)
-    tables = _merge_tables(model["vocab"], model["merges"], names, bool(model.get("ignore_merges")))
-    return BPETokenizer(special_tokens=special, added_tokens=added, pattern=pattern, nfc=bool(normalizer), **tables,
-                        **ends)
-
-
-def _split_pattern(splitter: dict) -> str | None:
-    """The pattern of ByteLevel (GPT-2's own), or of Sequence[Split(pattern), ByteLevel]; None for any other."""
-    steps = splitter.get("pretokenizers") or [splitter]
-    match [{"use_regex": True, "invert": False, **step} for step in steps]:
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return GPT2_PATTERN
-        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            keeps_matches = (behavior, invert) in (("Isolated", False), ("Removed", True))
-            return pattern if keeps_matches else None
-    return None
-
-
-def _end_tokens(config_path: Path, ids: dict[str, int]) -> dict[str, int | None]:
-    """{"bos": id, "eos": id, "pad": id} from tokenizer_config.json, whose tokens are strings or {"content": ...}."""
-    if not config_path.is_file():
-        return {"eos": ids.get("<|endoftext|>")}
-    config, ends = _read_json(config_path), {}
+    ids, ends = model["vocab"] | special | added, {}
+    config_path = path.with_name("tokenizer_config.json")
+    default = {"eos_token": "<|endoftext|>"} if "<|endoftext|>" in ids else {}
+    config = _read_json(config_path) if config_path.is_file() else default
     for end in ("bos", "eos", "pad"):
         token = config.get(f"{end}_token")
         token = token["content"] if isinstance(token, dict) else token
         if token is not None and token not in ids:
-            raise ValueError(f"{config_path}: {end}_token {token!r} is not in the vocabulary")
+            raise ValueError(config_path, f"{end}_token {token!r} is not in the vocabulary")
         ends[end] = ids.get(token)
-    return ends
+    if characters:
+        return CharTokenizer({token: i for token, i in model["vocab"].items() if token not in special}, special, **ends)
+    return _from_merges(model["vocab"], model["merges"], special, added, whole=bool(model.get("ignore_merges")),
+                        pattern=pattern, nfc=bool(normalizer), **ends)
 
 
-def _merge_tables(vocab: dict[str, int], merges: list, names: dict[str, int], whole: bool) -> dict:
-    """BPETokenizer's vocab, merge_order and unreachable, from a printable vocabulary and its merges.
+def _split_pattern(splitter: dict) -> str | None:
+    """The pattern of ByteLevel (GPT-2's own), or of Sequence[Split(pattern), ByteLevel]; None for any other."""
+    match [{"use_regex": True, "invert": False, **step} for step in splitter.get("pretokenizers") or [splitter]]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2_PATTERN
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+              | {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return pattern
+    return None
 
-    tiktoken merges any neighbours whose union is a token, Hugging Face only the listed pairs. With merges that
-    training made (or that list every pair of a token) these are the same: a token's bytes have one way to be merged.
-    `whole` (HF: ignore_merges): a pre-token that is a token is taken whole, even if no merge leads to it.
-    """
-    order: dict[str, None] = {}  # a set that keeps its order: the token's first merge decides
-    for number, merge in enumerate(merges):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
+
+def _from_merges(vocab: dict[str, int], merges: list, special: dict, added: dict, whole=False, **more) -> BPETokenizer:
+    """A tokenizer from a vocabulary in printable spelling and its merges ("a b", or ["a", "b"]).
+
+    tiktoken merges any neighbours whose union is a token, Hugging Face only the listed pairs. With merges that training
+    made (or that list every pair of a token) these are the same: a token's bytes have one way to be merged.
+    `whole` (HF: ignore_merges): a pre-token that is a token is taken whole, even if no merge leads to it."""
+    if not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
+        raise ValueError("an id in the vocabulary is not a whole number")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for number, pair in enumerate(pairs):
         if len(pair) != 2 or not all(token in vocab for token in (*pair, "".join(pair))):
-            raise ValueError(f"merge {number} ({merge!r}) is not two tokens of the vocabulary that make a third one")
-        order["".join(pair)] = None
-    rest = {token: i for token, i in vocab.items()
-            if token not in order and token not in names and token not in _BYTE_OF_CHARACTER}
-    if whole:
-        for token in sorted(rest, key=rest.__getitem__):
-            if any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token))):
-                raise ValueError(f"ignore_merges with {token!r}, which two tokens could make but no merge does, "
-                                 "is not supported")
-            order[token] = None
-        rest = {}
-    reachable = [token for token in vocab if token in _BYTE_OF_CHARACTER] + list(order)
-    return {"vocab": {_from_printable(token): vocab[token] for token in reachable},
-            "merge_order": [_from_printable(token) for token in order], "unreachable": rest}
+            raise ValueError(f"merge {number} ({merges[number]!r}): not two tokens of the vocabulary that make a third")
+    order = dict.fromkeys(map("".join, pairs))  # a set that keeps its order: the token's first merge decides
+    single = [token for token in vocab if token in _BYTE_OF_CHARACTER]
+    rest = vocab.keys() - {*single, *order, *special, *added}
+    for token in sorted(rest, key=vocab.__getitem__) if whole else ():
+        if any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token))):
+            raise ValueError(f"ignore_merges with {token!r}, which two tokens make but no merge, is not supported")
+        order[token] = None
+    return BPETokenizer({_from_printable(token): vocab[token] for token in [*single, *order]}, special, added,
+                        unreachable={token: vocab[token] for token in rest if token not in order}, **more)
 
 
 def _load_gpt2(path: Path) -> BPETokenizer:
     """GPT-2's own files: vocab.bpe lists the merges under a #version line, encoder.json the ids."""
     vocab = _read_json(path.with_name("encoder.json"))
     merges = [line for line in path.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
-    special = {"<|endoftext|>": vocab["<|endoftext|>"]}
-    return BPETokenizer(**_merge_tables(vocab, merges, special, False), special_tokens=special,
-                        pattern=GPT2_PATTERN, eos=vocab["<|endoftext|>"])
+    end = vocab["<|endoftext|>"]
+    return _from_merges(vocab, merges, {"<|endoftext|>": end}, {}, pattern=GPT2_PATTERN, eos=end)
 
 
 def _load_tiktoken(path: Path) -> BPETokenizer:
     """Lines of 'base64(token bytes) rank'; rank = id."""
     if path.stem not in TIKTOKEN_FILES:
         raise ValueError(f"the split pattern is known only for {', '.join(TIKTOKEN_FILES)}: name the file so")
-    pattern, special = TIKTOKEN_FILES[path.stem]
-    ranks = {}
+    (pattern, special), ranks = TIKTOKEN_FILES[path.stem], {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise ValueError(f"{path}:{number}: expected 'base64 rank', got {line[:60]!r}") from None
+            raise ValueError(f"{path}:{number}", f"expected 'base64 rank', got {line[:60]!r}") from None
+    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
     return BPETokenizer(ranks, dict(special), pattern=pattern, eos=special["<|endoftext|>"])
 
 
@@ -597,9 +520,9 @@ def _read_json(path: Path) -> dict:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(path, f"not JSON ({error})") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
+        raise ValueError(path, f"expected a JSON object, got {type(data).__name__}")
     return data
 
 
