@@ -421,8 +421,8 @@ def latest(out) -> Path | None:
 def resume_point(out, resume: str, flags: dict, fixed: set[str]) -> Path | None:
     """The checkpoint that a stage with `--out out --resume resume` goes on from; None to start afresh.
 
-    ValueError if `none` meets a folder in use, or if one of the flags `fixed`, without which a run is not itself, is not
-    as in out/args.json.
+    ValueError if `none` meets a folder in use, or if one of the flags `fixed`, without which a run is not itself, is
+    not as in out/args.json.
     """
     out = Path(out)
     if resume == "none":

@@ -2,8 +2,8 @@
 
     bash quickstart.sh
 
-Exits with 1 if a stage misses the figure that it ships with. A second call finds the finished stages and repeats only the
-table; delete out/quickstart to start again. With --record the table goes into bench/results/quickstart.json.
+Exits with 1 if a stage misses the figure that it ships with. A second call finds the finished stages and repeats only
+the table; delete out/quickstart to start again. With --record the table goes into bench/results/quickstart.json.
 """
 
 import json
@@ -22,16 +22,16 @@ OUT = "out/quickstart"
 STAGES = {
     "tokenizer": f"-m data.prepare --data stdlib --vocab_size 2048 --out {OUT}/data",
     "pretrain": f"train_pretrain.py --data {OUT}/data --out {OUT}/pretrain --optimizer muon --lr 4e-3 --schedule wsd "
-                "--seq_len 256 --global_batch_size 8 --max_steps 1350 --warmup_steps 30 --eval_every 450 "
-                "--save_every 450 --log_every 50 --resume auto",
+                "--seq_len 256 --global_batch_size 8 --max_steps 1200 --warmup_steps 30 --eval_every 400 "
+                "--save_every 400 --log_every 50 --resume auto",
     "evaluate": f"evaluate.py --model {OUT}/pretrain --data {OUT}/data --baselines --out {OUT}/evaluation.json",
-    "samples": f"generate.py --model {OUT}/pretrain --prompt 'def main(' 'class Test' 'The ' --max_new_tokens 80 --top_p 0.95 "
-               "--temperature 0.7",
+    "samples": f"generate.py --model {OUT}/pretrain --prompt 'def main(' 'class Test' 'The ' --max_new_tokens 80 "
+               "--top_p 0.95 --temperature 0.7",
 }
 
 
 def run_stage(command: str) -> tuple[float, int]:
-    """Run one command, shown as one would type it; (seconds, peak bytes of its memory, 0 where that cannot be asked)."""
+    """Run one command, shown as one would type it: (seconds, peak bytes of memory, 0 where that cannot be asked)."""
     import shlex
     print(f"\n$ python {command}", flush=True)
     start = time.perf_counter()
@@ -60,8 +60,8 @@ def main() -> None:
 
     rows = [{"stage": stage, "seconds": round(seconds, 1), "peak_memory_mb": round(peak / 2**20)}
             for stage, (seconds, peak) in measured.items()]
-    rows[1] |= {"bits_per_byte_before": before, "bits_per_byte_after": after, "tokens_per_second": last["tokens"] / last["seconds"],
-                "training_seconds": round(last["seconds"], 1)}
+    rows[1] |= {"bits_per_byte_before": before, "bits_per_byte_after": after,
+                "tokens_per_second": last["tokens"] / last["seconds"], "training_seconds": round(last["seconds"], 1)}
     rows[2] |= {"gzip_bits_per_byte": gzip, "xz_bits_per_byte": xz}
     if "--record" in sys.argv[1:]:
         write_results("quickstart", rows, quiet=True)
@@ -78,10 +78,11 @@ def main() -> None:
         "bits per byte of the base model": (after, 1.50),
         "bits per byte, against xz -9": (after, xz),
     }
-    missed = [f"{name}: {value:.4f}, expected at most {limit:.4f}" for name, (value, limit) in expected.items() if not value <= limit]
+    missed = [f"{name}: {value:.4f}, expected at most {limit:.4f}"
+              for name, (value, limit) in expected.items() if not value <= limit]
     if missed:
         sys.exit("MISSED\n" + "\n".join(missed))
-    print(f"all as expected; the run's report: {OUT}/pretrain/report.html; talk to it: python generate.py --model {OUT}/pretrain")
+    print(f"all as expected; curves and samples in {OUT}/pretrain/report.html")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/readme_tables.py            # rewrites README.md
     python bench/readme_tables.py --check    # exit 1 if README.md is not what would be written
 
-In README.md a table stands between `<!-- table NAME -->` and `<!-- end -->`. Below it a line tells where the figures were
-measured. A cell is empty where a row lacks the key.
+In README.md a table stands between `<!-- table NAME -->` and `<!-- end -->`. Below it a line tells where the figures
+were measured. A cell is empty where a row lacks the key.
 """
 
 import json
@@ -14,13 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {  # name of the results file: [(heading, key of the row, format)]
-    "quickstart": [("stage", "stage", ""), ("seconds", "seconds", ".1f"), ("bits per byte before", "bits_per_byte_before", ".3f"),
-                   ("after", "bits_per_byte_after", ".3f"), ("gzip -9", "gzip_bits_per_byte", ".3f"),
-                   ("xz -9", "xz_bits_per_byte", ".3f"), ("tokens/s", "tokens_per_second", ",.0f"),
-                   ("peak memory, MB", "peak_memory_mb", ",d")],
+    "quickstart": [("stage", "stage", ""), ("seconds", "seconds", ".1f"),
+                   ("bits per byte before", "bits_per_byte_before", ".3f"), ("after", "bits_per_byte_after", ".3f"),
+                   ("gzip -9", "gzip_bits_per_byte", ".3f"), ("xz -9", "xz_bits_per_byte", ".3f"),
+                   ("tokens/s", "tokens_per_second", ",.0f"), ("peak memory, MB", "peak_memory_mb", ",d")],
     "shakespeare": [("side", "side", ""), ("parameters", "parameters", ",d"), ("held-out loss", "held_out_loss", ".3f"),
                     ("a step, ms", "step_ms", ".1f"), ("step / nanoGPT's", "step_ratio_to_nanogpt", ".2f"),
-                    ("steps to 1.886", "steps_to_target", "d"), ("share of nanoGPT's time", "share_of_nanogpt_time_to_target", ".0%")],
+                    ("steps to 1.886", "steps_to_target", "d"),
+                    ("share of nanoGPT's time", "share_of_nanogpt_time_to_target", ".0%")],
     "tokenizer": [("what", "what", ""), ("MB", "megabytes", ".1f"), ("seconds", "seconds", ".1f"),
                   ("MB/s", "megabytes_per_second", ".1f"), ("bytes per token", "bytes_per_token", ".2f"),
                   ("strings compared", "strings", ",d"), ("unequal", "unequal", "d")],
@@ -37,7 +38,7 @@ def table(name: str) -> str:
     for row in result["rows"]:
         cells = ["" if row.get(key) is None else format(row[key], spec) for _, key, spec in columns]
         lines.append("| " + " | ".join(cells) + " |")
-    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if package in ("python", "torch"))
+    versions = ", ".join(f"{package} {result['versions'][package]}" for package in ("python", "torch"))
     return "\n".join(lines) + f"\n\n<sub>{result['device']}, {versions}, commit {result['commit']}</sub>"
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     before = path.read_text(encoding="utf-8")
     after = filled(before)
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if before == after else "README.md: tables differ from bench/results; run python bench/readme_tables.py")
+        sys.exit(0 if before == after else "README.md's tables differ: run python bench/readme_tables.py")
     path.write_text(after, encoding="utf-8")
 
 
