@@ -160,6 +160,7 @@ class Tokenizer:
         self.special_tokens = special_tokens      # text -> id; found in text only when `allowed_special` says so
         self.added_tokens = added_tokens or {}    # text -> id; whole words of the vocabulary, always found in text
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
+        self.chat_template: str | None = None     # Jinja text for Hugging Face's apply_chat_template; unused here
         tokens = tokens + [(name.encode(), i) for name, i in (special_tokens | self.added_tokens).items()]
         if not all(isinstance(i, int) and i >= 0 for _, i in tokens):
             raise ValueError("an id in the vocabulary is not a whole number")
@@ -167,6 +168,21 @@ class Tokenizer:
         if len(self._bytes) < len(tokens):
             raise ValueError("two tokens of the vocabulary have the same id")
         self.vocab_size = max(self._bytes, default=-1) + 1
+
+    def add_special_tokens(self, names: Iterable[str]) -> int:
+        """Append those of `names` that are no special tokens yet, with ids from `vocab_size` on; how many ids are new.
+        (A word that is always found in text becomes special under its old id.) A model's embedding must grow along.
+        ValueError: a name that is spelled like an ordinary token."""
+        missing = [name for name in dict.fromkeys(names) if name not in self.special_tokens]
+        ordinary = {token for i, token in self._bytes.items() if i not in self.added_tokens.values()}
+        if clash := [name for name in missing if not name or _from_printable(name) in ordinary]:
+            raise ValueError(f"special token {clash[0]!r} is spelled like an ordinary token")
+        before = self.vocab_size
+        for name in missing:
+            self.special_tokens[name] = i = self.added_tokens.pop(name, self.vocab_size)
+            self._bytes[i] = name.encode()
+            self.vocab_size = max(self.vocab_size, i + 1)
+        return self.vocab_size - before
 
     def encode(self, text: str, allowed_special: str | Iterable[str] = ()) -> list[int]:
         """Token ids of `text`; no BOS or EOS is added. A special token's text is plain text, unless `allowed_special`
@@ -213,7 +229,8 @@ class Tokenizer:
                      "normalizer": {"type": "NFC"} if nfc else None, "pre_tokenizer": pre_tokenizer,
                      "post_processor": None, "decoder": decoder, "model": model}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                  **{end: None if i is None else self.decode([i]) for end, i in ends.items()}}
+                  **{end: None if i is None else self.decode([i]) for end, i in ends.items()},
+                  **({} if self.chat_template is None else {"chat_template": self.chat_template})}
         for name, data in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
             _write(Path(directory) / name, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode())
 
@@ -360,6 +377,11 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(tokens, special, **{end: i for end, i in ends.items() if i >= 0})
         self._bytes |= dict.fromkeys(special.values(), b"")  # sentencepiece decodes them to nothing
 
+    def add_special_tokens(self, names: Iterable[str]) -> int:
+        if missing := [name for name in names if name not in self.special_tokens]:
+            raise ValueError(f"a sentencepiece model takes no further special tokens: {' '.join(missing)}")
+        return 0
+
     def _encode_plain(self, text: str) -> list[int]:
         return self._model.encode(text)
 
@@ -375,7 +397,7 @@ class SentencePieceTokenizer(Tokenizer):
         return raw[max(implied, 0):]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write `directory`/tokenizer.model."""
+        """Write `directory`/tokenizer.model, which has no place for a chat template."""
         _write(Path(directory) / "tokenizer.model", self._model_proto)
 
 
@@ -451,9 +473,13 @@ def _load_json(path: Path) -> Tokenizer:
             raise ValueError(config_path, f"{end}_token {token!r} is not in the vocabulary")
         ends[end] = ids.get(token)
     if characters:
-        return CharTokenizer({token: i for token, i in model["vocab"].items() if token not in special}, special, **ends)
-    return _from_merges(model["vocab"], model["merges"], special, added, whole=bool(model.get("ignore_merges")),
-                        pattern=pattern, nfc=bool(normalizer), **ends)
+        made = CharTokenizer({token: i for token, i in model["vocab"].items() if token not in special}, special, **ends)
+    else:
+        made = _from_merges(model["vocab"], model["merges"], special, added, whole=bool(model.get("ignore_merges")),
+                            pattern=pattern, nfc=bool(normalizer), **ends)
+    template = config.get("chat_template")
+    made.chat_template = template if isinstance(template, str) else None  # older files may hold a list of several
+    return made
 
 
 def _split_pattern(splitter: dict) -> str | None:

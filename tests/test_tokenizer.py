@@ -481,3 +481,54 @@ def test_an_interrupted_save_leaves_the_old_files(bpe, tmp_path, monkeypatch):
         CharTokenizer.train(["abc"]).save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+# Chat: special tokens added later, and the template's text
+
+def test_special_tokens_added_later_get_the_next_ids_and_survive_the_file(texts, tmp_path):
+    for tokenizer in (BPETokenizer.train(texts[:3], 400), CharTokenizer.train(texts)):
+        size, text = tokenizer.vocab_size, "<|im_start|>user <think> you"
+        plain = tokenizer.encode(text)
+        assert tokenizer.add_special_tokens(["<|im_start|>", "<|endoftext|>", "<think>", "<|im_start|>"]) == 2
+        assert tokenizer.special_tokens == {"<|endoftext|>": size - 1, "<|im_start|>": size, "<think>": size + 1}
+        assert tokenizer.vocab_size == size + 2
+        assert tokenizer.encode(text) == plain  # typed by a user it stays text
+        assert tokenizer.encode("<|im_start|>u", allowed_special="all") == [size, *tokenizer.encode("u")]
+        assert tokenizer.add_special_tokens(["<think>"]) == 0
+        tokenizer.save(tmp_path)
+        loaded = load_tokenizer(tmp_path)
+        assert loaded.special_tokens == tokenizer.special_tokens and loaded.vocab_size == size + 2
+        assert loaded.encode(text) == plain and loaded.decode([size, size + 1]) == "<|im_start|><think>"
+
+
+def test_word_that_was_always_found_in_text_becomes_special_under_its_id():
+    tokenizer = BPETokenizer({bytes([b]): b for b in range(256)}, {}, {"<tool>": 256})
+    assert tokenizer.encode("<tool>") == [256]
+    assert tokenizer.add_special_tokens(["<tool>", "<end>"]) == 1
+    assert tokenizer.special_tokens == {"<tool>": 256, "<end>": 257} and not tokenizer.added_tokens
+    assert tokenizer.encode("<tool>") == list(b"<tool>")
+
+
+def test_special_token_that_cannot_be_added_is_one_clear_line(shared_data):
+    with pytest.raises(ValueError, match="'a' is spelled like an ordinary token"):
+        BPETokenizer.train([], 300).add_special_tokens(["<x>", "a"])
+    sentencepiece_model = load_tokenizer(shared_data / "tokenizers/mistral/tokenizer.model.v1")
+    with pytest.raises(ValueError, match=r"takes no further special tokens: <\|im_end\|>"):
+        sentencepiece_model.add_special_tokens(["</s>", "<|im_end|>"])
+    assert sentencepiece_model.add_special_tokens(["</s>"]) == 0
+
+
+def test_chat_template_is_kept_in_tokenizer_config(bpe, tmp_path):
+    bpe.save(tmp_path)
+    assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert load_tokenizer(tmp_path).chat_template is None
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}\n"
+    tokenizer.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == tokenizer.chat_template
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+
+
+def test_published_chat_template_is_read(shared_data):
+    config = json.loads((shared_data / "tokenizers/minimind/tokenizer_config.json").read_text())
+    assert load_tokenizer(shared_data / "tokenizers/minimind").chat_template == config["chat_template"]
