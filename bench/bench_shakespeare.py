@@ -4,8 +4,8 @@
     python bench/bench_shakespeare.py --nanogpt nanoGPT --text tinyshakespeare/input.txt
 
 The budget is that of nanoGPT's README for a CPU: 4 layers, width 128, 4 heads, block 64, batch 12, 2000 steps, the last
-10 % held out. nanoGPT trains by its own settings (config/train_shakespeare_char.py: AdamW, lr 1e-3 -> 1e-4, warm-up 100,
-beta2 0.99, no dropout); ours is the stage itself, with the flags below. Held-out loss: all windows of 64, disjoint.
+10 % held out. nanoGPT trains by its own settings (config/train_shakespeare_char.py: AdamW, lr 1e-3 -> 1e-4, beta2 0.99,
+warm-up of 100, no dropout); ours is the stage itself, with the flags below. Held-out loss: all windows of 64, disjoint.
 Without --nanogpt only our side is measured.
 """
 

@@ -30,7 +30,7 @@ def git_commit() -> str:
 
 
 def write_results(name: str, rows: list[dict], quiet: bool = False) -> dict:
-    """Write `rows` to bench/results/`name`.json with what they were measured on; return and print it (not if `quiet`)."""
+    """Write `rows` to bench/results/`name`.json with what they were measured on; return it, print it unless quiet."""
     versions = {"python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in ("torch", "numpy", "tiktoken", "sentencepiece")}
     result = {"device": device_name(), "versions": versions, "commit": git_commit(), "rows": rows}
