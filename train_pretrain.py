@@ -27,7 +27,7 @@ import checkpoint
 import metrics
 from cli import parse, run
 from data.loader import Loader, eval_batches
-from data.prepare import prepare
+from data.prepare import SPECIAL_TOKENS, prepare
 from evaluate import bits_per_byte, evaluate_loss
 from generate import generate_text
 from model import CausalLM, ModelConfig, flops_per_token, num_parameters
@@ -147,6 +147,8 @@ def check(args: Args) -> None:
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
     expect(args.spike_action != "rollback" or args.save_every, "spike_action", "needs checkpoints: set --save_every")
+    expect(args.tokenizer or args.model or args.vocab_size >= 256 + len(SPECIAL_TOKENS), "vocab_size",
+           f"bytes and special tokens alone are {256 + len(SPECIAL_TOKENS)}")
     expect(args.preset in PRESETS, "preset", f"choose from {', '.join(PRESETS)}")
     metrics.detect_device(args.device)
     if args.model:
