@@ -140,7 +140,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # sums in float32 for half inputs; float64 stays
+        weight = self.weight.to(x.dtype)  # under autocast x may be 16 bits wide, and stays so
+        return F.rms_norm(x, weight.shape, weight, self.eps)  # sums in float32 for half inputs; float64 stays
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -269,7 +270,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, S, -1, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope).to(v.dtype), apply_rope(k, *rope).to(v.dtype)  # a norm under autocast gives float32
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, slots, k, v)
         attend = eager_attention if self.config.attention == "eager" else sdpa_attention
