@@ -35,6 +35,8 @@ class Loader:
         labels      (b, S) int64   aligned: labels[i, j] is the token after input_ids[i, j], -100 where there is none
         cu_seqlens  (n + 1,) int32 from 0 to b * S: where the documents of the flattened batch begin and end
 
+    In folders of conversations (pack.write_chats) only what the assistant says is labelled; with prompt_labels=True the
+    rest of a conversation is too, as -101 - token, for a loss that gives it a weight of its own.
     b is micro_batch_size (default: the rank's whole share), less in the last one if it does not divide the share.
     A split shorter than seq_len is one padded window. `index` is the folder's index.json (vocab_size, ...).
     ValueError or FileNotFoundError, naming the file: an unfinished or truncated folder, a split that it does not have,
@@ -43,7 +45,7 @@ class Loader:
 
     def __init__(self, directory, split: str, *, seq_len: int, global_batch_size: int,
                  micro_batch_size: int | None = None, seed: int = 0, rank: int = 0, world_size: int = 1,
-                 replay=None, replay_fraction: float = 0.0):
+                 replay=None, replay_fraction: float = 0.0, prompt_labels: bool = False):
         if not 0 <= rank < world_size <= global_batch_size:
             raise ValueError(f"rank {rank} of {world_size} has no share of global_batch_size {global_batch_size}")
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -51,7 +53,7 @@ class Loader:
         if not 0 <= replay_fraction < 1 or (replay is None) != (replay_fraction == 0):
             raise ValueError(f"replay takes a folder and a fraction in (0, 1), got {replay} and {replay_fraction}")
         self.index = read_index(directory, split)
-        self.windows = Windows([(directory, self.index)], split, seq_len)
+        self.windows = Windows([(directory, self.index)], split, seq_len, prompt_labels)
         self.n_windows = self.windows.count  # of the main folder: one epoch
         if replay is not None:
             other = read_index(replay, split)
@@ -59,7 +61,7 @@ class Loader:
                 if other[key] != self.index[key]:
                     raise ValueError(f"{replay}: {key} {other[key]}, but {directory} has {self.index[key]}: "
                                      "replayed data must be made with the same tokenizer")
-            self.windows = Windows([(directory, self.index), (replay, other)], split, seq_len)
+            self.windows = Windows([(directory, self.index), (replay, other)], split, seq_len, prompt_labels)
         self.share = Fraction(replay_fraction).limit_denominator(10**6)  # 0.1 is 1/10: floor(g p) is exact for any g
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -156,7 +158,8 @@ def mix(x: np.ndarray) -> np.ndarray:
 class Windows:
     """All windows of a split in one or more folders, numbered through; files are mapped when first touched."""
 
-    def __init__(self, folders: list, split: str, seq_len: int):
+    def __init__(self, folders: list, split: str, seq_len: int, prompt_labels: bool = False):
+        self.prompt_labels = prompt_labels
         if seq_len < 1:
             raise ValueError(f"seq_len must be at least 1, not {seq_len}")
         self.seq_len = seq_len
@@ -168,27 +171,33 @@ class Windows:
         self.count = int(self.first[-1])
         self._mapped = {}
 
-    def mapped(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    def mapped(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         if shard not in self._mapped:
             path, dtype, _ = self.shards[shard]
+            mask = path.with_suffix(".mask")  # of conversations: which targets count
             self._mapped[shard] = (np.memmap(path, dtype, "r").view(np.ndarray),
-                                   np.memmap(path.with_suffix(".idx"), "<i8", "r").view(np.ndarray))
+                                   np.memmap(path.with_suffix(".idx"), "<i8", "r").view(np.ndarray),
+                                   np.memmap(mask, np.uint8, "r").view(np.ndarray) if mask.exists() else None)
         return self._mapped[shard]
 
     def batch(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows (b,) of window numbers -> (input_ids (b, S), labels (b, S), cu_seqlens (n + 1,)), see `Loader`."""
         S = self.seq_len
         tokens = np.empty((len(windows), S + 1), np.int64)
+        counts = None  # (b, S) 1 = a target, 2 = one of the prompt, 0 = none; None: all are targets
         boundaries = [np.arange(len(windows) + 1) * S]  # each row's start, and the end of the batch
         padded = []  # (row, length) of short windows
         shards = np.searchsorted(self.first, windows, side="right") - 1
         for shard in np.unique(shards):
-            stream, documents = self.mapped(shard)
+            stream, documents, mask = self.mapped(shard)
             rows = np.flatnonzero(shards == shard)  # (m,)
             start = (windows[rows] - self.first[shard]) * S  # (m,) inputs are stream[start:stop], targets one later
             stop = np.minimum(start + S, len(stream) - 1)
             at = start[:, None] + np.arange(S + 1)  # (m, S + 1)
             tokens[rows] = stream[np.minimum(at, len(stream) - 1, out=at)]
+            if mask is not None:
+                counts = np.ones((len(windows), S), np.uint8) if counts is None else counts
+                counts[rows] = mask[at[:, 1:]]
             padded += [(row, n) for row, n in zip(rows.tolist(), (stop - start).tolist()) if n < S]
             # documents d whose opening EOS, at d - 1, lies inside the window: start < d - 1 < stop
             low = np.searchsorted(documents, start + 1, side="right")
@@ -196,6 +205,9 @@ class Windows:
             each = np.repeat(low - np.cumsum(count) + count, count) + np.arange(count.sum())  # low, low + 1, ...
             boundaries.append(documents[each] - 1 + np.repeat(rows * S - start, count))
         input_ids, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        if counts is not None:
+            labels[counts == 2] = -101 - labels[counts == 2] if self.prompt_labels else -100
+            labels[counts == 0] = -100
         for row, n in padded:  # the rest of the row is a document of its own, so that nothing can attend to it
             input_ids[row, n:] = self.eos
             labels[row, n:] = -100
@@ -212,14 +224,16 @@ def read_index(directory, split: str) -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         splits, width = index["splits"], np.dtype(index["dtype"]).itemsize
-        files = [(path.with_name(entry["file"]), entry["tokens"] * width, entry["documents"] * 8)
+        files = [(path.with_name(entry["file"]), {".bin": entry["tokens"] * width, ".idx": entry["documents"] * 8}
+                  | ({".mask": entry["tokens"]} if "mask_sha256" in entry else {}))
                  for entry in splits.get(split, {"shards": []})["shards"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged, not the index of token shards ({error!r})") from None
     if not files:
         raise ValueError(f"{directory}: has no split {split!r}, only {', '.join(splits)}")
-    for file, size, idx_size in files:
-        for name, expected in ((file, size), (file.with_suffix(".idx"), idx_size)):
+    for file, sizes in files:
+        for suffix, expected in sizes.items():
+            name = file.with_suffix(suffix)
             found = name.stat().st_size if name.is_file() else "no"
             if found != expected:
                 raise ValueError(f"{name}: {found} bytes instead of {expected}: truncated, or not of this folder")

@@ -297,7 +297,7 @@ def test_shards_are_mapped_when_touched_and_never_read_whole(folder):
     assert not windows._mapped
     windows.batch(np.array([windows.count - 1]))
     assert list(windows._mapped) == [2]
-    stream, _ = windows.mapped(2)
+    stream, _, _ = windows.mapped(2)
     assert isinstance(stream.base, np.memmap) or not stream.flags.owndata
 
 
@@ -313,3 +313,75 @@ def test_reads_what_pack_writes(tmp_path):
         text += bytes(10 if token == 256 else token for token in real)
     expected = "".join(story + "\n" for story in stories(80)).encode()
     assert text == expected and targets == len(expected)  # each token and each end of a document exactly once
+
+
+# ---- conversations (pack.write_chats)
+
+def chats(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """(ids, loss mask) of random lengths 2 .. 30; the first id of each is 300 + its number, so that it can be found."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        ids = [300 + number, *rng.integers(0, 256, rng.integers(1, 30)).tolist()]
+        made.append((ids, [0, *rng.integers(0, 2, len(ids) - 1).tolist()]))
+    return made
+
+
+class ChatTokenizer:
+    vocab_size, eos_token_id, special_tokens = 1000, 256, {"end": 256}
+
+    def decode_bytes(self, ids):
+        return bytes(i % 256 for i in ids)
+
+
+@pytest.fixture
+def chat_folder(tmp_path):
+    from data.pack import write_chats
+
+    write_chats(tmp_path / "chats", {"train": chats(200), "val": chats(9, seed=1)}, ChatTokenizer(), 32, shard_tokens=1500)
+    return tmp_path / "chats"
+
+
+def test_rows_of_conversations_hold_each_one_whole_and_label_what_is_trained(chat_folder):
+    for split, expected in (("train", chats(200)), ("val", chats(9, seed=1))):
+        index, seen, trained = json.loads((chat_folder / "index.json").read_text())["splits"][split], [], 0
+        for input_ids, labels, cu_seqlens in eval_batches(chat_folder, split, 32, 3):
+            flat, flat_labels = input_ids.flatten().tolist(), labels.flatten().tolist()
+            for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+                if flat[a] == 256:  # padding
+                    assert set(flat[a:b]) == {256} and set(flat_labels[a:b]) == {-100}
+                    continue
+                ids, mask = expected[flat[a] - 300]
+                assert flat[a:b] == ids
+                assert flat_labels[a:b] == [i if m else -100 for i, m in zip(ids[1:], mask[1:])] + [-100]
+                seen.append(flat[a] - 300)
+                trained += sum(mask)
+        assert sorted(seen) == list(range(len(expected)))  # each once, none cut, none dropped
+        assert index["trained_tokens"] == index["bytes"] == trained and index["conversations"] == len(expected)
+        assert index["tokens"] < 1.25 * sum(len(ids) for ids, _ in expected)  # little padding
+
+
+def test_prompt_labels_can_be_told_from_trained_ones(chat_folder):
+    settings = dict(seq_len=32, global_batch_size=4, seed=3)
+    for (ids, plain, _), (same_ids, coded, _) in zip(next(Loader(chat_folder, "train", **settings)),
+                                                     next(Loader(chat_folder, "train", **settings, prompt_labels=True))):
+        assert torch.equal(ids, same_ids) and torch.equal(plain, coded.clamp_min(-100))
+        prompt = coded < -100
+        assert prompt.any() and torch.equal((-101 - coded[prompt]), ids.roll(-1, 1)[prompt])
+        assert not (prompt & (plain != -100)).any()
+
+
+def test_a_truncated_mask_is_named(chat_folder):
+    (chat_folder / "train_00000.mask").write_bytes(b"")
+    with pytest.raises(ValueError, match="train_00000.mask: 0 bytes instead of"):
+        Loader(chat_folder, "train", seq_len=32, global_batch_size=4)
+
+
+def test_conversations_longer_than_a_row_and_empty_splits_are_refused(tmp_path):
+    from data.pack import write_chats
+
+    with pytest.raises(ValueError, match="conversation of 40 tokens; rows hold 32"):
+        write_chats(tmp_path / "long", {"train": [(list(range(40)), [0] + [1] * 39)]}, ChatTokenizer(), 32)
+    with pytest.raises(ValueError, match="holds no conversation"):
+        write_chats(tmp_path / "none", {"train": []}, ChatTokenizer(), 32)
+    assert list(tmp_path.iterdir()) == []
