@@ -1,6 +1,6 @@
 r"""Conversations in, (ids, loss_mask) out, where what is trained is right by construction.
 
-    python data/chat.py chats.jsonl --show_mask --template chatml --tokenizer out/sft --limit 3
+    python data/chat.py chats.jsonl --show_mask --template chatml --tokenizer out/pretrain/data --limit 3
 
 A conversation becomes a list of segments, each a stretch of text or one special token, each trained or not:
 
@@ -321,9 +321,10 @@ def read_chats(sources: list[str]) -> Iterator[Chat]:
 
 def read_preferences(sources: list[str]) -> Iterator[Preference]:
     """Preference pairs of files and folders. A row has `chosen` and `rejected`, each a text, a message or messages, and
-    `prompt` (text or messages), `conversations`, `messages` or `instruction` (`input`). Without `chosen`, `output` is it.
-    Without a prompt both are whole conversations, lists of messages or HH transcripts ("\\n\\nHuman: ...\\n\\nAssistant:
-    ..."): what they have in common, up to a turn of the assistant's, is the prompt. Errors as in `read_chats`."""
+    `prompt` (text or messages), `conversations`, `messages` or `instruction` (`input`); if it has no `chosen`, `output`
+    is it. Without a prompt both are whole conversations, lists of messages or HH transcripts ("Human: ... Assistant:
+    ..."): what they have in common, up to a turn of the assistant's, is the prompt. Errors as in `read_chats`.
+    To score a pair: render(prompt + chosen, tokenizer, template, train_from=len(prompt))."""
     for name, row in _rows(sources):
         yield Preference(name, *_named(name, _preference, row))
 

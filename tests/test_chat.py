@@ -118,6 +118,7 @@ def test_a_prompt_as_long_as_the_window_loses_its_beginning():
     assert truncate(ids, [0] * 6 + [1, 1, 1, 0], 2) == ([7, 8], [1, 1])
     assert truncate(ids, [0] * 4 + [1, 1, 1, 1, 0, 0], 6) == ([0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 1])
     assert truncate([1, 2], [1, 0], 5) is None  # nothing predicts the first token
+    assert truncate(ids[:6], [1, 0, 0, 0, 1, 1], 3) == ([3, 4, 5], [0, 1, 1])
 
 
 def test_trap_10_an_answer_cut_at_the_window_has_no_end_token(tokenizers):
@@ -285,7 +286,7 @@ def write(path: Path, *rows) -> str:
 
 FORMS = [
     {"messages": turns("Add.\n\n2 and 2", "4")},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Add."}, {"type": "text", "text": "\n\n2 and 2"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": text} for text in ("Add.", "\n\n2 and 2")]},
                   {"role": "assistant", "content": "4", "tool_calls": None}]},
     {"conversations": [{"from": "human", "value": "Add.\n\n2 and 2"}, {"from": "gpt", "value": "4"}]},
     {"conversations": [{"from": "user", "value": "Add.\n\n2 and 2"}, {"from": "chatgpt", "value": "4"}]},
@@ -449,7 +450,7 @@ def test_bad_preference_row_is_named_by_file_and_line(row, message, tmp_path):
     ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
     ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: malformed JSON"),
     ("a.json", b'[\n{"prompt": "a", "completion": "b"},\n{"prompt": \n\n!}]', r"a\.json:5: malformed JSON"),
-    ("a.json", b'[\n{"prompt": "a", "completion": "b"}\n{"prompt": "a"}]', r"a\.json:3: malformed JSON .Expecting a comma"),
+    ("a.json", b'[\n{"prompt": "a", "completion": "b"}\n{"a": "b"}]', r"a\.json:3: malformed JSON .Expecting a comma"),
     ("a.json", b'[\n{"prompt": "a", "completion": "b"},\n', r"a\.json:2: malformed JSON"),
     ("a.json", b'[\n{"prompt": "a", "completion": "b"}', r"a\.json:2: malformed JSON"),
     ("a.json", b'[\n\n{"prompt": "\xff"}]', r"a\.json:3: not UTF-8"),
