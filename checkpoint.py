@@ -24,6 +24,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import struct
 from pathlib import Path
 
@@ -434,6 +435,20 @@ def resume_point(out, resume: str, flags: dict, fixed: set[str]) -> Path | None:
         if flags[name] != before.get(name):
             raise ValueError(f"--{name} {flags[name]}: the run in {out} was started with {before.get(name)}")
     return latest(out) if resume == "auto" else find_checkpoint(resume)
+
+
+def catch_signals() -> list[int]:
+    """From now on Ctrl-C and SIGTERM fill the list, for the loop to look at; a second one stops at once."""
+    caught = []
+
+    def handler(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return caught
 
 
 def find_checkpoint(path) -> Path:

@@ -188,6 +188,26 @@ def accept_loss(history: list[float], loss: float, window: int = 50) -> list[flo
     return [*history, loss][-window:]
 
 
+def new_state(float16: bool) -> dict:
+    """What a run must remember besides weights, optimizer and data position; JSON-able, one and the same in all stages."""
+    return {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "stopped": False,
+            "best_step": None, "best_loss": None, "evals_since_best": 0, "lr_scale": 1.0, "rolled_back_at": None,
+            "losses": [], "good_steps": 0, "bad_steps": 0, "loss_scale": 2.0**16 if float16 else 1.0}
+
+
+def note_evaluation(state: dict, loss: float, patience: int) -> bool:
+    """Book an evaluation after state["step"] updates; returns whether it is the best so far.
+
+    state["stopped"] becomes true after `patience` evaluations without a better one (0: never).
+    """
+    better = state["best_loss"] is None or loss < state["best_loss"]
+    state["evals_since_best"] = 0 if better else state["evals_since_best"] + 1
+    if better:
+        state["best_step"], state["best_loss"] = state["step"], loss
+    state["stopped"] = 0 < patience <= state["evals_since_best"]
+    return better
+
+
 def verdict(state: dict, loss: float, grad_norm: float, action: str, threshold: float) -> str:
     """What becomes of an update: "apply", "skip" or "rollback". One that is not finite is never applied.
 

@@ -14,7 +14,6 @@ Flags, presets, the loss, checks, the model, evaluation; then the loop, in `main
 
 import contextlib
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -194,28 +193,12 @@ def evaluate(args: Args, model: CausalLM, index: dict, autocast, step: int) -> d
             "bits_per_byte": bits_per_byte(total["nats"], index["splits"]["val"]["bytes"])}
 
 
-def catch_signals() -> list[int]:
-    """From now on Ctrl-C and SIGTERM fill the list, for the loop to look at; a second one stops at once."""
-    caught = []
-
-    def handler(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return caught
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(Args, __doc__, argv)
     check(args)
     out, device = Path(args.out), metrics.detect_device(args.device)
     log = out / "metrics.jsonl"
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "stopped": False,
-             "best_step": None, "best_loss": None, "evals_since_best": 0, "lr_scale": 1.0, "rolled_back_at": None,
-             "losses": [], "good_steps": 0, "bad_steps": 0, "loss_scale": 2.0**16 if args.dtype == "float16" else 1.0}
+    state = metrics.new_state(float16=args.dtype == "float16")
     resume_from = checkpoint.resume_point(out, args.resume, asdict(args), FIXED)
     if resume_from:
         state = checkpoint.read_state(resume_from)
@@ -267,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint.write_json(out / "args.json", asdict(args))
     if args.eval_every and not resume_from:
         metrics.append_row(log, evaluate(args, model, index, autocast, 0))
-    caught = catch_signals()
+    caught = checkpoint.catch_signals()
     window_tokens, window_seconds = 0, 0.0  # since the last row of the log
     while state["step"] < args.max_steps and not state["stopped"]:
         if caught:
@@ -325,11 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             row = evaluate(args, model, index, autocast, step)
             metrics.append_row(log, row)
             print(f"step {step}: held-out loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte", flush=True)
-            better = state["best_loss"] is None or row["loss"] < state["best_loss"]
-            state["evals_since_best"] = 0 if better else state["evals_since_best"] + 1
-            if better:
-                state["best_step"], state["best_loss"] = step, row["loss"]
-            state["stopped"] = 0 < args.early_stopping <= state["evals_since_best"]
+            better = metrics.note_evaluation(state, row["loss"], args.early_stopping)
         last = step == args.max_steps or state["stopped"]
         if last and args.sample_tokens:
             texts = generate_text(model, tokenizer, args.sample_prompt, max_new_tokens=args.sample_tokens,
