@@ -223,6 +223,19 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     return model.eval()
 
 
+@torch.no_grad()
+def grow_vocabulary(model: CausalLM, vocab_size: int) -> None:
+    """Give the model rows for new tokens, in place: each is the mean of the old ones, so that none starts out likely."""
+    for module, name in ((model.model.embed_tokens, "embed_tokens"), (model.lm_head, "lm_head")):
+        old = module.weight
+        if len(old) < vocab_size:  # a tied head has grown already
+            new = old.mean(dim=0, keepdim=True).expand(vocab_size - len(old), -1)
+            module.weight = torch.nn.Parameter(torch.cat((old, new)))
+        if name == "embed_tokens" and model.config.tie_word_embeddings:
+            model.lm_head.weight = module.weight
+    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = model.config.vocab_size = vocab_size
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file() or (folder / "model.safetensors").is_file():

@@ -178,8 +178,8 @@ def build_model(args: Args, tokenizer) -> CausalLM:
         model = checkpoint.load_model(checkpoint.find_checkpoint(args.model), dtype=dtype, attention=args.attention)
         if model.config.vocab_size < tokenizer.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, {args.model} {model.config.vocab_size}")
-        if model.config.max_position_embeddings < (S := args.seq_len):
-            raise ValueError(f"--seq_len {S}: {args.model} knows {model.config.max_position_embeddings} positions")
+        if (known := model.config.max_position_embeddings) < args.seq_len:
+            raise ValueError(f"--seq_len {args.seq_len}: {args.model} knows {known} positions")
     model.model.activation_checkpointing = args.activation_checkpointing
     return model.train()
 

@@ -92,7 +92,7 @@ def write_folder(directory, tokenizer, settings: dict | None, writers: dict) -> 
         os.replace(partial, directory)
     except BaseException as error:  # Ctrl-C too
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:  # a failed write does not say where
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a failed write does not say where
             raise OSError(error.errno, error.strerror, str(directory)) from None
         raise
     return index | {"directory": str(directory)}

@@ -36,6 +36,16 @@ class WideTokenizer(ByteTokenizer):
         return [90_000 + b for b in text.encode()]
 
 
+def test_an_error_of_the_documents_keeps_its_words(tmp_path):
+    """A FileNotFoundError made with a sentence alone has neither errno nor filename; it came out as `[Errno None] None`."""
+    def documents():
+        raise FileNotFoundError("chats.jsonl: no such file")
+        yield
+
+    with pytest.raises(FileNotFoundError, match="^chats.jsonl: no such file$"):
+        write_shards(tmp_path / "d", {"train": documents()}, ByteTokenizer())
+
+
 def stories(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     return ["".join(rng.choice("ab \né中") for _ in range(rng.randrange(1, 60))) for _ in range(count)]

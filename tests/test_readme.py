@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import train_pretrain
+import train_sft
 from bench import readme_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,11 +27,12 @@ def test_every_file_and_test_that_is_named_exists():
 
 
 def test_every_flag_in_a_recipe_is_a_flag():
-    known = {field.name for field in fields(train_pretrain.Args)}
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
-        for command in re.findall(r"python train_pretrain\.py((?:[^\n]*\\\n)*[^\n]*)", block):
-            for flag in re.findall(r"--(\w+)", command):
-                assert flag in known, flag
+    for stage in (train_pretrain, train_sft):
+        known = {field.name for field in fields(stage.Args)}
+        for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+            for command in re.findall(rf"python {stage.__name__}\.py((?:[^\n]*\\\n)*[^\n]*)", block):
+                for flag in re.findall(r"--(\w+)", command):
+                    assert flag in known, (stage.__name__, flag)
 
 
 def test_every_file_of_the_tour_is_toured():

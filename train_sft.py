@@ -1,0 +1,304 @@
+"""Supervised fine-tuning: a base model learns to answer, from conversations.
+
+    loss = sum of w_t * -log p(token t | the conversation before it) / sum of w_t        over the global batch
+    w_t  = 1 for what the assistant says and the token that ends its turn; --prompt_loss_weight for all else
+
+    python train_sft.py --model out/pretrain --data chats.jsonl
+    python train_sft.py --model hf_folder --data alpaca.json sharegpt.jsonl --template llama3 --lr 2e-5 --dtype bfloat16
+    python train_sft.py --model out/pretrain --data chats.jsonl --replay texts/ --replay_fraction 0.1 --neftune_alpha 5
+    python data/chat.py chats.jsonl --show_mask                # see what will be trained
+
+Conversations (any form that data/chat.py reads) are packed whole into rows of --seq_len tokens; each sees itself alone.
+All randomness is a function of (seed, step), so a resumed run repeats the undisturbed one to the bit.
+"""
+
+import contextlib
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import metrics
+from cli import parse, run
+from data.chat import TEMPLATES, prepare_tokenizer, read_chats, render, render_prompt, stop_ids, truncate
+from data.loader import Loader, eval_batches
+from data.pack import read_index, write_chats
+from data.prepare import prepare
+from data.tokenizer import load_tokenizer
+from evaluate import bits_per_byte, evaluate_loss
+from generate import generate
+from model import CausalLM, flops_per_token, num_parameters
+from optim import build_optimizer, clip_grad_norm, learning_rate
+
+
+@dataclass
+class Args:
+    # data and run
+    model: str  # the model's folder to start from: a run's, a checkpoint's or Hugging Face's
+    data: list[str]  # conversations: messages, ShareGPT, Alpaca, prompt and completion; .json, .jsonl (.gz), folders
+    val_data: list[str] = field(default_factory=list)  # held-out conversations, instead of a part of --data
+    val_fraction: float = 0.1  # share of the conversations that is held out, chosen by their text
+    tokenizer: str = ""  # a tokenizer's file or folder; empty: the model's
+    template: str = "chatml"  # chatml llama2 llama3 mistral vicuna alpaca
+    seq_len: int = 256  # tokens per row; a longer conversation is cut
+    prompt_loss_weight: float = 0.0  # weight in the loss of what the assistant does not say
+    replay: list[str] = field(default_factory=list)  # pretraining text to mix in
+    replay_fraction: float = 0.1  # share of the rows that come from --replay
+    out: str = "out/sft"  # folder of the run
+    resume: str = "none"  # none: --out must be empty; auto: go on from its latest checkpoint; or a checkpoint's folder
+    # optimization
+    global_batch_size: int = 16  # rows per update
+    micro_batch_size: int = 16  # at most so many per forward pass (and data-parallel rank); the rest is accumulated
+    max_steps: int = 500  # number of updates
+    optimizer: Literal["adamw", "muon", "lion", "adafactor", "adamw8bit"] = "adamw"  # see optim.py
+    lr: float = 1e-3  # peak learning rate; for a large model about 2e-5
+    min_lr: float = 0.0  # learning rate of the last update
+    warmup_steps: int = 20  # updates of linear warm-up
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # the learning rate after the warm-up
+    weight_decay: float = 0.0  # decoupled, on matrices only
+    beta1: float = 0.9  # decay of the average gradient (not in muon, adafactor)
+    beta2: float = 0.95  # decay of the average squared gradient (not in adafactor)
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    neftune_alpha: float = 0.0  # noise on the embeddings while training, about 5 (NEFTune, arXiv:2310.05914); 0: none
+    early_stopping: int = 0  # stop after so many evaluations without a better loss; 0: never
+    # execution
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"  # 16 bits: by autocast
+    attention: Literal["eager", "sdpa", "triton"] = "sdpa"  # eager is the readable one
+    kernels: Literal["torch", "triton"] = "torch"  # the other fused operations
+    compile: bool = False  # torch.compile the model
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations to save memory
+    seed: int = 0  # of data order, noise, dropout and samples
+    # reporting
+    log_every: int = 10  # updates between rows of metrics.jsonl
+    eval_every: int = 100  # updates between evaluations; 0: never
+    save_every: int = 100  # updates between checkpoints; 0: only the last
+    keep_last: int = 2  # how many checkpoints stay, besides the best; 0: all
+    sample_prompt: list[str] = field(default_factory=lambda: ["Hello!"])  # what a user says to get the final samples
+    sample_tokens: int = 64  # length of a sample; 0: none
+
+
+FIXED = {"model", "data", "val_data", "val_fraction", "tokenizer", "template", "seq_len", "prompt_loss_weight",
+         "replay", "replay_fraction", "global_batch_size", "optimizer", "neftune_alpha", "seed"}  # else it is another run
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def sft_loss(logits: torch.Tensor, labels: torch.Tensor, prompt_weight: float = 0.0) -> torch.Tensor:
+    """Summed weighted cross-entropy in nats. logits (B, S, V); labels (B, S) aligned: a token id with weight 1,
+    -100 with none, -101 - token id with prompt_weight (as data.loader's prompt_labels gives them) -> scalar."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    labels = labels.flatten()
+    loss = F.cross_entropy(logits, labels.clamp_min(-100), ignore_index=-100, reduction="sum")
+    if prompt_weight:
+        prompt = torch.where(labels < -100, -101 - labels, -100)
+        loss = loss + prompt_weight * F.cross_entropy(logits, prompt, ignore_index=-100, reduction="sum")
+    return loss
+
+
+def weight_of(labels: torch.Tensor, prompt_weight: float) -> float:
+    """What a batch counts for: its trained tokens, and its prompts' at their weight."""
+    return int((labels >= 0).sum()) + prompt_weight * int((labels < -100).sum())
+
+
+def neftune(alpha: float):
+    """A forward hook on the embedding: adds uniform noise in +- alpha / sqrt(S * hidden) while training."""
+    def hook(module, inputs, output):  # output (B, S, hidden)
+        if not module.training:
+            return output
+        bound = alpha / math.sqrt(output.shape[1] * output.shape[2])
+        return output + torch.empty_like(output).uniform_(-bound, bound)
+
+    return hook
+
+
+def check(args: Args) -> None:
+    """Refuse what cannot work before any data is read. Raises ValueError with one line."""
+    def expect(true: bool, name: str, rule: str) -> None:
+        if not true:
+            raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
+
+    for name, later in dict(optimizer="adamw8bit", attention="triton", kernels="triton").items():
+        expect(getattr(args, name) != later, name, "not available yet")
+    for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
+        expect(getattr(args, name) >= 1, name, "must be at least 1")
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "early_stopping", "prompt_loss_weight",
+                 "neftune_alpha", "eval_every", "save_every", "keep_last", "sample_tokens"):
+        expect(0 <= getattr(args, name) < math.inf, name, "must be at least 0")
+    for name in ("beta1", "beta2", "replay_fraction"):
+        expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
+    expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
+    expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
+    expect(args.template in TEMPLATES, "template", f"choose from {', '.join(TEMPLATES)}")
+    metrics.detect_device(args.device)
+    checkpoint.find_checkpoint(args.model)
+
+
+def prepare_chats(args: Args, tokenizer) -> dict:
+    """The index of --out/data: conversations rendered, cut to --seq_len, split, packed; made once, then reused."""
+    folder = Path(args.out) / "data"
+    if (folder / "index.json").exists():
+        return read_index(folder)
+    counts = {"cut": 0, "nothing to train on": 0}
+
+    def chats(sources: list[str], split: str):
+        for chat in read_chats(sources):
+            ids, mask = render(chat.messages, tokenizer, args.template, chat.tools)
+            digest = hashlib.sha256(repr(chat.messages).encode()).digest()  # copies fall on one side
+            held_out = int.from_bytes(digest, "big") < args.val_fraction * 2**256
+            if not args.val_data and held_out != (split == "val"):
+                continue
+            kept = truncate(ids, mask, args.seq_len)
+            counts["nothing to train on" if kept is None else "cut"] += kept is None or len(kept[0]) < len(ids)
+            if kept is not None:
+                yield kept
+
+    splits = {"train": chats(args.data, "train"), "val": chats(args.val_data or args.data, "val")}
+    index = write_chats(folder, splits, tokenizer, args.seq_len)
+    for split, total in index["splits"].items():
+        print(f"data: {split:5} {total['conversations']:,} conversations, {total['trained_tokens']:,} trained tokens, "
+              f"{total['tokens']:,} in all")
+    print("data: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + f" at --seq_len {args.seq_len}")
+    return index
+
+
+def build_model(args: Args, tokenizer) -> CausalLM:
+    """The model of --model, grown by the tokens that the template added, ending its turns where the template does."""
+    dtype = torch.float64 if args.dtype == "float64" else torch.float32
+    model = checkpoint.load_model(checkpoint.find_checkpoint(args.model), dtype=dtype, attention=args.attention)
+    if (known := model.config.max_position_embeddings) < args.seq_len:
+        raise ValueError(f"--seq_len {args.seq_len}: {args.model} knows {known} positions")
+    if (new := tokenizer.vocab_size - model.config.vocab_size) > 0:
+        checkpoint.grow_vocabulary(model, tokenizer.vocab_size)
+        print(f"the embedding grew by {new} tokens, each the mean of all others")
+    model.config.eos_token_id = sorted(stop_ids(tokenizer, args.template))
+    model.model.activation_checkpointing = args.activation_checkpointing
+    if args.neftune_alpha:
+        model.model.embed_tokens.register_forward_hook(neftune(args.neftune_alpha))
+    return model.train()
+
+
+def evaluate(args: Args, model: CausalLM, index: dict, autocast, step: int) -> dict:
+    """A row of metrics.jsonl: loss per trained token and bits per byte of what the assistant says, held out."""
+    batches = eval_batches(index["directory"], "val", args.seq_len, args.micro_batch_size)
+    total = evaluate_loss(model, batches, autocast)
+    return {"kind": "eval", "step": step, "loss": total["nats"] / total["tokens"],
+            "bits_per_byte": bits_per_byte(total["nats"], index["splits"]["val"]["bytes"])}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(Args, __doc__, argv)
+    check(args)
+    out, device = Path(args.out), metrics.detect_device(args.device)
+    log = out / "metrics.jsonl"
+    state = metrics.new_state(float16=args.dtype == "float16")
+    resume_from = checkpoint.resume_point(out, args.resume, asdict(args), FIXED)
+    if resume_from:
+        state = checkpoint.read_state(resume_from)
+        if state["stopped"] or state["step"] >= args.max_steps:
+            print(f"{resume_from}: finished after {state['step']} steps, nothing to do")
+            return
+
+    # Data, model, optimizer.
+    tokenizer = load_tokenizer(args.tokenizer or checkpoint.find_checkpoint(args.model))
+    if added := prepare_tokenizer(tokenizer, args.template):
+        print(f"the tokenizer lacked {' '.join(added)}, which the template needs: added")
+    index, replay = prepare_chats(args, tokenizer), None
+    if args.replay and args.replay_fraction:
+        _, replay = prepare(out / "replay", data=args.replay, val_fraction=0.0, tokenizer=index["directory"])
+    loader = Loader(index["directory"], "train", seq_len=args.seq_len, global_batch_size=args.global_batch_size,
+                    micro_batch_size=args.micro_batch_size, seed=args.seed, replay=replay and replay["directory"],
+                    replay_fraction=args.replay_fraction if replay else 0.0, prompt_labels=args.prompt_loss_weight > 0)
+    model = build_model(args, tokenizer).to(device)
+    optimizer = build_optimizer(args.optimizer, model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                                betas=(args.beta1, args.beta2))
+    forward = torch.compile(model) if args.compile else model
+    autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()
+    flops, peak = flops_per_token(model.config, args.seq_len), metrics.peak_flops(device, args.dtype)
+    print(f"{num_parameters(model.config):,} parameters, template {args.template}, {device}, {args.dtype}, "
+          f"attention {args.attention}, kernels {args.kernels}")
+
+    def save() -> Path:
+        best = [] if state["best_step"] is None else [state["best_step"]]
+        return checkpoint.save_checkpoint(out, state["step"], model=model, optimizer=optimizer, tokenizer=tokenizer,
+                                          state=state, keep_last=args.keep_last, keep=best)
+
+    if resume_from:
+        state = checkpoint.load_checkpoint(resume_from, model, optimizer)
+        loader.load_state_dict({"step": state["step"]})
+        print(f"going on from {resume_from}")
+    metrics.drop_rows_after(log, state["step"] if resume_from else -1)
+    checkpoint.write_json(out / "args.json", asdict(args))
+    if args.eval_every and not resume_from:
+        metrics.append_row(log, evaluate(args, model, index, autocast, 0))
+    caught = checkpoint.catch_signals()
+    window_tokens, window_seconds = 0, 0.0  # since the last row of the log
+    while state["step"] < args.max_steps and not state["stopped"]:
+        if caught:
+            raise KeyboardInterrupt(f"interrupted; {save()} is saved: the same command with --resume auto goes on")
+        start = time.perf_counter()
+        torch.manual_seed(args.seed * 1_000_003 + state["step"])  # noise and dropout depend on (seed, step) alone
+        lr = learning_rate(state["step"], schedule=args.schedule, lr=args.lr, min_lr=args.min_lr,
+                           warmup_steps=args.warmup_steps, max_steps=args.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        micro_batches = next(loader)
+        weight = sum(weight_of(labels, args.prompt_loss_weight) for _, labels, _ in micro_batches)
+        loss = torch.zeros((), device=device)
+        for input_ids, labels, cu_seqlens in micro_batches:
+            with autocast:
+                logits = forward(input_ids.to(device), cu_seqlens=cu_seqlens.to(device))
+            part = sft_loss(logits, labels.to(device), args.prompt_loss_weight) / (weight or 1)  # 0 if all is masked
+            (part * state["loss_scale"]).backward()
+            loss = loss + part.detach()
+        if state["loss_scale"] != 1.0:
+            torch._foreach_mul_([p.grad for p in model.parameters()], 1 / state["loss_scale"])
+        grad_norm, loss = float(clip_grad_norm(model.parameters(), args.grad_clip)), float(loss)
+        if metrics.verdict(state, loss, grad_norm, "none", math.inf) == "apply":
+            optimizer.step()
+        else:
+            state["skipped"] += 1
+        optimizer.zero_grad()
+
+        seconds, counted = time.perf_counter() - start, sum(int((labels >= 0).sum()) for _, labels, _ in micro_batches)
+        tokens = sum(input_ids.numel() for input_ids, _, _ in micro_batches)
+        window_tokens, window_seconds = window_tokens + tokens, window_seconds + seconds
+        state |= {"step": state["step"] + 1, "tokens": state["tokens"] + counted, "seconds": state["seconds"] + seconds}
+        step, better = state["step"], False
+        if step % args.log_every == 0 or step == args.max_steps:
+            speed = window_tokens / window_seconds
+            row = {"kind": "train", "step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
+                   "tokens": state["tokens"], "tokens_per_second": speed, "seconds": state["seconds"],
+                   "memory_bytes": metrics.memory_bytes(device), "skipped": state["skipped"]}
+            metrics.append_row(log, row)
+            mfu = peak and speed * flops / peak
+            print(metrics.progress_line(row, args.max_steps, state["seconds"], mfu), flush=True)
+            window_tokens, window_seconds = 0, 0.0
+        if args.eval_every and (step % args.eval_every == 0 or step == args.max_steps):
+            row = evaluate(args, model, index, autocast, step)
+            metrics.append_row(log, row)
+            print(f"step {step}: held-out loss {row['loss']:.4f}", flush=True)
+            better = metrics.note_evaluation(state, row["loss"], args.early_stopping)
+        last = step == args.max_steps or state["stopped"]
+        if last and args.sample_tokens:
+            prompts = [render_prompt([{"role": "user", "content": text}], tokenizer, args.template)
+                       for text in args.sample_prompt]
+            answers = generate(model, prompts, max_new_tokens=args.sample_tokens, temperature=0.0,
+                               stop_token_ids=stop_ids(tokenizer, args.template), vocab_size=tokenizer.vocab_size)
+            samples = [dict(step=step, prompt=prompt, text=tokenizer.decode(ids))
+                       for prompt, ids in zip(args.sample_prompt, answers)]
+            checkpoint.write_json(out / "samples.json", samples)
+        if last or (args.save_every and (better or step % args.save_every == 0)):
+            metrics.write_report(out)
+            save()  # after this step's rows, samples and report: a checkpoint means that they are there
+    print(f"done: {checkpoint.latest(out)}; curves and samples in {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run(main)
