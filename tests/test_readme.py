@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import train_dpo
 import train_pretrain
 import train_sft
 from bench import readme_tables
@@ -27,7 +28,7 @@ def test_every_file_and_test_that_is_named_exists():
 
 
 def test_every_flag_in_a_recipe_is_a_flag():
-    for stage in (train_pretrain, train_sft):
+    for stage in (train_pretrain, train_sft, train_dpo):
         known = {field.name for field in fields(stage.Args)}
         for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
             for command in re.findall(rf"python {stage.__name__}\.py((?:[^\n]*\\\n)*[^\n]*)", block):

@@ -1,0 +1,347 @@
+"""Direct preference optimization: from pairs of answers, of which one is preferred, without a reward model.
+
+    c, r = log p(answer) - log p_reference(answer), summed over the chosen and the rejected answer's tokens
+    loss = - log sigmoid(beta * (c - r))                    (Rafailov et al. 2023, eq. 7; others in preference_loss)
+
+    python train_dpo.py --model out/sft --data pairs.jsonl
+    python train_dpo.py --model out/sft --data pairs.jsonl --loss_type ipo --beta 0.05 --lr 5e-7
+    python train_dpo.py --model out/sft --data pairs.jsonl --reference online        # scored beside each step
+
+The reference is --model itself (or --ref_model), scored once before training. Dropout is off throughout, so the loss of
+the first step is exactly ln 2. All randomness depends on (seed, step): a resumed run repeats the undisturbed one.
+"""
+
+import contextlib
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint
+import metrics
+from cli import parse, run
+from data.chat import TEMPLATES, prepare_tokenizer, read_preferences, render, stop_ids, truncate
+from data.loader import shuffled
+from data.tokenizer import load_tokenizer
+from logprobs import sequence_logprobs
+from model import CausalLM, num_parameters
+from optim import build_optimizer, clip_grad_norm, learning_rate
+
+BY_LENGTH = ("ipo", "sigmoid_norm", "simpo", "orpo")  # losses of the mean log-probability of a token
+NO_REFERENCE = ("simpo", "orpo")
+
+
+@dataclass
+class Args:
+    # data and run
+    model: str  # the folder of the model to train: a run's, a checkpoint's or Hugging Face's
+    data: list[str]  # preference pairs: prompt, chosen, rejected in any form that data/chat.py reads
+    ref_model: str = ""  # the reference's folder; empty: --model as it is at the start
+    reference: Literal["precomputed", "online"] = "precomputed"  # score the reference once before, or beside each step
+    val_data: list[str] = field(default_factory=list)  # held-out pairs, instead of a part of --data
+    val_fraction: float = 0.1  # share of the prompts that is held out, chosen by their text
+    tokenizer: str = ""  # a tokenizer's file or folder; empty: the model's
+    template: str = "chatml"  # chatml llama2 llama3 mistral vicuna alpaca
+    seq_len: int = 256  # longest prompt and answer, in tokens; a longer one is cut
+    out: str = "out/dpo"  # folder of the run
+    resume: str = "none"  # none: --out must be empty; auto: go on from its latest checkpoint; or a checkpoint's folder
+    # loss
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "simpo", "orpo"] = "sigmoid"  # its formula
+    beta: float = 0.1  # how dear it is to leave the reference (for orpo: weight beside the NLL; for simpo take 2)
+    label_smoothing: float = 0.0  # share of the pairs that may be the wrong way round (sigmoid, robust)
+    gamma: float = 0.5  # margin of simpo
+    # optimization
+    global_batch_size: int = 16  # pairs per update
+    micro_batch_size: int = 16  # at most so many pairs per forward pass (and data-parallel rank)
+    max_steps: int = 200  # number of updates
+    optimizer: Literal["adamw", "muon", "lion", "adafactor", "adamw8bit"] = "adamw"  # see optim.py
+    lr: float = 1e-5  # peak learning rate; for a large model about 5e-7
+    min_lr: float = 0.0  # learning rate of the last update
+    warmup_steps: int = 10  # updates of linear warm-up
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # the learning rate after the warm-up
+    weight_decay: float = 0.0  # decoupled, on matrices only
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    # execution
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"  # 16 bits: by autocast
+    attention: Literal["eager", "sdpa", "triton"] = "sdpa"  # eager is the readable one
+    kernels: Literal["torch", "triton"] = "torch"  # the other fused operations
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations to save memory
+    seed: int = 0  # of the order of the pairs
+    # reporting
+    log_every: int = 10  # updates between rows of metrics.jsonl
+    eval_every: int = 50  # updates between evaluations; 0: never
+    save_every: int = 50  # updates between checkpoints; 0: only the last
+    keep_last: int = 2  # how many checkpoints stay, besides the best; 0: all
+
+
+FIXED = {"model", "data", "ref_model", "val_data", "val_fraction", "tokenizer", "template", "seq_len", "loss_type",
+         "beta", "label_smoothing", "gamma", "global_batch_size", "optimizer", "seed"}  # else it is another run
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def preference_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *,
+                    loss_type: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0,
+                    chosen_lengths: Tensor | None = None, rejected_lengths: Tensor | None = None,
+                    gamma: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed log-probabilities of the answers (B,) -> losses (B,), rewards of the chosen and of the rejected (B,).
+
+    With c, r the log-ratios to the reference, D = c - r, and p the policy's mean log-probability of an answer's token:
+      sigmoid        -log s(beta D), smoothed: (1 - e) of it + e times -log s(-beta D)  (DPO; cDPO, Mitchell 2023)
+      robust         ((1 - e) * -log s(beta D) - e * -log s(-beta D)) / (1 - 2 e)       (arXiv:2403.00409)
+      hinge          max(0, 1 - beta D)                                                 (SLiC, arXiv:2305.10425)
+      ipo            (D - 1 / (2 beta))^2, with c and r per token as its authors meant  (arXiv:2310.12036, TRL #1265)
+      sigmoid_norm   as sigmoid, with c and r per token                                 (Tulu 3, arXiv:2411.15124)
+      simpo          -log s(beta (p_chosen - p_rejected) - gamma), no reference         (arXiv:2405.14734)
+      orpo           beta * -log s(log odds ratio), no reference; the stage adds the NLL (arXiv:2403.07691)
+    Rewards are beta c and beta r (without a reference: beta p), detached. ValueError: unknown type, lengths missing.
+    """
+    if loss_type in BY_LENGTH and (chosen_lengths is None or rejected_lengths is None):
+        raise ValueError(f"loss_type {loss_type} needs chosen_lengths and rejected_lengths")
+    e = label_smoothing
+    c, r = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    if loss_type in NO_REFERENCE:
+        c, r = policy_chosen, policy_rejected
+    if loss_type in BY_LENGTH:
+        c, r = c / chosen_lengths, r / rejected_lengths
+    logits = beta * (c - r)
+    if loss_type in ("sigmoid", "sigmoid_norm"):
+        losses = -(1 - e) * F.logsigmoid(logits) - e * F.logsigmoid(-logits)
+    elif loss_type == "robust":
+        losses = (-(1 - e) * F.logsigmoid(logits) + e * F.logsigmoid(-logits)) / (1 - 2 * e)
+    elif loss_type == "hinge":
+        losses = (1 - logits).relu()
+    elif loss_type == "ipo":
+        losses = (c - r - 1 / (2 * beta)).square()
+    elif loss_type == "simpo":
+        losses = -F.logsigmoid(logits - gamma)
+    elif loss_type == "orpo":
+        losses = -beta * F.logsigmoid(c - r - (log1mexp(c) - log1mexp(r)))
+    else:
+        raise ValueError(f"loss_type {loss_type!r}: choose sigmoid, hinge, ipo, robust, sigmoid_norm, simpo or orpo")
+    return losses, beta * c.detach(), beta * r.detach()
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, finite and precise up to 0 (Maechler 2012): the log of "not this token"."""
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny ** 0.5)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+class Pair(NamedTuple):
+    chosen: tuple[list[int], list[int]]  # ids of prompt and answer, mask of the answer
+    rejected: tuple[list[int], list[int]]
+    num_bytes: int  # of the chosen answer's text
+
+
+def read_pairs(args: Args, tokenizer, split: str) -> list[Pair]:
+    """The pairs of a split, rendered; ties and pairs without an answer inside --seq_len are left out and counted."""
+    pairs, ties, lost = [], 0, 0
+    for row in read_preferences(args.val_data if split == "val" and args.val_data else args.data):
+        digest = hashlib.sha256(repr(row.prompt).encode()).digest()  # all answers to a prompt fall on one side
+        held_out = int.from_bytes(digest, "big") < args.val_fraction * 2**256
+        if not args.val_data and held_out != (split == "val"):
+            continue
+        sides = [render(row.prompt + side, tokenizer, args.template, train_from=len(row.prompt))
+                 for side in (row.chosen, row.rejected)]
+        sides = [truncate(ids, mask, args.seq_len) for ids, mask in sides]
+        ties, lost = ties + row.is_tie, lost + (None in sides)
+        if not row.is_tie and None not in sides:
+            pairs.append(Pair(*sides, len("".join(message["content"] for message in row.chosen).encode())))
+    print(f"data: {split:5} {len(pairs):,} pairs; left out: {ties} of two equal answers, {lost} too long for --seq_len")
+    if not pairs:
+        raise ValueError(f"the {split} split holds no pair: give more --data, another --val_fraction, or --val_data")
+    return pairs
+
+
+def batch_of(pairs: list[Pair], device) -> tuple[Tensor, Tensor]:
+    """input_ids, labels (2 B, S): the chosen answers, then the rejected; padded on the right, where nothing looks."""
+    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    S = max(len(ids) for ids, _ in sides) - 1
+    input_ids, labels = torch.zeros(len(sides), S, dtype=torch.long), torch.full((len(sides), S), -100)
+    for row, (ids, mask) in enumerate(sides):
+        input_ids[row, :len(ids) - 1] = torch.tensor(ids[:-1])
+        labels[row, :len(ids) - 1] = torch.tensor([i if m else -100 for i, m in zip(ids[1:], mask[1:])])
+    return input_ids.to(device), labels.to(device)
+
+
+def score(model: CausalLM, pairs: list[Pair], device, autocast) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities and lengths of the answers: (B, 2) each, chosen first."""
+    input_ids, labels = batch_of(pairs, device)
+    with autocast:
+        logits = model(input_ids)
+    sums, lengths = sequence_logprobs(logits, labels)
+    return sums.view(2, -1).T, lengths.view(2, -1).T
+
+
+@torch.no_grad()
+def score_all(model: CausalLM, pairs: list[Pair], size: int, device, autocast) -> Tensor:
+    """score's sums for all pairs, `size` at a time: (N, 2)."""
+    return torch.cat([score(model, pairs[i : i + size], device, autocast)[0] for i in range(0, len(pairs), size)])
+
+
+def losses_of(args: Args, sums: Tensor, lengths: Tensor, reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses (B,) of scored pairs, with the NLL that orpo adds, and what the log tells of them, detached, (B,) each."""
+    losses, chosen, rejected = preference_loss(*sums.T, *reference.T, loss_type=args.loss_type, beta=args.beta,
+                                               label_smoothing=args.label_smoothing, chosen_lengths=lengths[:, 0],
+                                               rejected_lengths=lengths[:, 1], gamma=args.gamma)
+    if args.loss_type == "orpo":
+        losses = losses - sums[:, 0] / lengths[:, 0]
+    per_token, drift = (sums / lengths).detach(), ((sums - reference) / lengths).detach()
+    return losses, {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected,
+                    "accuracy": (chosen > rejected).double(), "kl": drift.mean(1),
+                    "preference_accuracy": (per_token[:, 0] > per_token[:, 1]).double()}
+
+
+def check(args: Args) -> None:
+    """Refuse what cannot work before any data is read. Raises ValueError with one line."""
+    def expect(true: bool, name: str, rule: str) -> None:
+        if not true:
+            raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
+
+    for name, later in dict(optimizer="adamw8bit", attention="triton", kernels="triton").items():
+        expect(getattr(args, name) != later, name, "not available yet")
+    for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
+        expect(getattr(args, name) >= 1, name, "must be at least 1")
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "gamma", "eval_every", "save_every",
+                 "keep_last"):
+        expect(0 <= getattr(args, name) < math.inf, name, "must be at least 0")
+    expect(args.beta > 0, "beta", "must be above 0")
+    expect(0 <= args.label_smoothing < 0.5, "label_smoothing", "must be at least 0 and below 0.5")
+    expect(not args.label_smoothing or args.loss_type in ("sigmoid", "robust", "sigmoid_norm"), "label_smoothing",
+           f"has no meaning for --loss_type {args.loss_type}")
+    expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
+    expect(args.template in TEMPLATES, "template", f"choose from {', '.join(TEMPLATES)}")
+    metrics.detect_device(args.device)
+    for folder in filter(None, (args.model, args.ref_model)):
+        checkpoint.find_checkpoint(folder)
+
+
+def load(args: Args, folder: str, tokenizer) -> CausalLM:
+    """A model in eval mode, grown by the tokens that the template added. Dropout stays off: it would blur the ratio."""
+    dtype = torch.float64 if args.dtype == "float64" else torch.float32
+    model = checkpoint.load_model(checkpoint.find_checkpoint(folder), dtype=dtype, attention=args.attention)
+    if (known := model.config.max_position_embeddings) < args.seq_len:
+        raise ValueError(f"--seq_len {args.seq_len}: {folder} knows {known} positions")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        checkpoint.grow_vocabulary(model, tokenizer.vocab_size)
+    model.config.eos_token_id = sorted(stop_ids(tokenizer, args.template))
+    model.model.activation_checkpointing = args.activation_checkpointing
+    return model.eval()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(Args, __doc__, argv)
+    check(args)
+    out, device = Path(args.out), metrics.detect_device(args.device)
+    log = out / "metrics.jsonl"
+    state = metrics.new_state(float16=args.dtype == "float16")
+    resume_from = checkpoint.resume_point(out, args.resume, asdict(args), FIXED)
+    if resume_from:
+        state = checkpoint.read_state(resume_from)
+        if state["step"] >= args.max_steps:
+            print(f"{resume_from}: finished after {state['step']} steps, nothing to do")
+            return
+
+    # Data, model, reference, optimizer.
+    tokenizer = load_tokenizer(args.tokenizer or checkpoint.find_checkpoint(args.model))
+    if added := prepare_tokenizer(tokenizer, args.template):
+        print(f"the tokenizer lacked {' '.join(added)}, which the template needs: added")
+    pairs, held_out = read_pairs(args, tokenizer, "train"), read_pairs(args, tokenizer, "val")
+    autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()
+    model = load(args, args.model, tokenizer).to(device)
+    frozen = load(args, args.ref_model or args.model, tokenizer).to(device)
+    val_reference = score_all(frozen, held_out, args.micro_batch_size, device, autocast)
+    if args.reference == "precomputed":
+        reference, frozen = score_all(frozen, pairs, args.micro_batch_size, device, autocast), None
+    optimizer = build_optimizer(args.optimizer, model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    print(f"{num_parameters(model.config):,} parameters, loss {args.loss_type}, reference {args.reference}, {device}, "
+          f"{args.dtype}, attention {args.attention}, kernels {args.kernels}")
+
+    @torch.no_grad()
+    def evaluate() -> dict:
+        rows = []
+        for i in range(0, len(held_out), args.micro_batch_size):
+            some = slice(i, i + args.micro_batch_size)
+            sums, lengths = score(model, held_out[some], device, autocast)
+            losses, told = losses_of(args, sums, lengths, val_reference[some])
+            rows.append({"loss": losses, "nats": -sums[:, 0], **told})
+        means = {name: float(torch.cat([row[name] for row in rows]).double().mean()) for name in rows[0]}
+        bits = means.pop("nats") * len(held_out) / math.log(2)
+        return {"kind": "eval", "step": state["step"], **means,
+                "bits_per_byte": bits / max(sum(pair.num_bytes for pair in held_out), 1)}
+
+    def save() -> Path:
+        best = [] if state["best_step"] is None else [state["best_step"]]
+        return checkpoint.save_checkpoint(out, state["step"], model=model, optimizer=optimizer, tokenizer=tokenizer,
+                                          state=state, keep_last=args.keep_last, keep=best)
+
+    out.mkdir(parents=True, exist_ok=True)
+    if resume_from:
+        state = checkpoint.load_checkpoint(resume_from, model, optimizer)
+        print(f"going on from {resume_from}")
+    metrics.drop_rows_after(log, state["step"] if resume_from else -1)
+    checkpoint.write_json(out / "args.json", asdict(args))
+    if args.eval_every and not resume_from:
+        metrics.append_row(log, evaluate())
+    caught = checkpoint.catch_signals()
+    while state["step"] < args.max_steps:
+        if caught:
+            raise KeyboardInterrupt(f"interrupted; {save()} is saved: the same command with --resume auto goes on")
+        start = time.perf_counter()
+        lr = learning_rate(state["step"], schedule=args.schedule, lr=args.lr, min_lr=args.min_lr,
+                           warmup_steps=args.warmup_steps, max_steps=args.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        order = shuffled(state["step"] * args.global_batch_size, args.global_batch_size, len(pairs), args.seed).tolist()
+        told, tokens = [], 0
+        for i in range(0, len(order), args.micro_batch_size):
+            chosen = order[i : i + args.micro_batch_size]
+            some = [pairs[k] for k in chosen]
+            sums, lengths = score(model, some, device, autocast)
+            theirs = reference[chosen] if frozen is None else score_all(frozen, some, len(some), device, autocast)
+            losses, values = losses_of(args, sums, lengths, theirs)
+            (losses.sum() / len(order) * state["loss_scale"]).backward()
+            told.append({"loss": losses.detach(), **values})
+            tokens += int(lengths.sum())
+        if state["loss_scale"] != 1.0:
+            torch._foreach_mul_([p.grad for p in model.parameters()], 1 / state["loss_scale"])
+        grad_norm = float(clip_grad_norm(model.parameters(), args.grad_clip))
+        means = {name: float(torch.cat([row[name] for row in told]).double().mean()) for name in told[0]}
+        if metrics.verdict(state, means["loss"], grad_norm, "none", math.inf) == "apply":
+            optimizer.step()
+        else:
+            state["skipped"] += 1
+        optimizer.zero_grad()
+
+        seconds = time.perf_counter() - start
+        state |= {"step": state["step"] + 1, "tokens": state["tokens"] + tokens, "seconds": state["seconds"] + seconds}
+        step, better = state["step"], False
+        if step % args.log_every == 0 or step == args.max_steps:
+            row = {"kind": "train", "step": step, "lr": lr, "grad_norm": grad_norm, **means, "tokens": state["tokens"],
+                   "tokens_per_second": tokens / seconds, "seconds": state["seconds"],
+                   "memory_bytes": metrics.memory_bytes(device), "skipped": state["skipped"]}
+            metrics.append_row(log, row)
+            print(metrics.progress_line(row, args.max_steps, state["seconds"])
+                  + f"  accuracy {means['accuracy']:.2f}  margin {means['margin']:.3f}", flush=True)
+        if args.eval_every and (step % args.eval_every == 0 or step == args.max_steps):
+            row = evaluate()
+            metrics.append_row(log, row)
+            print(f"step {step}: held-out loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, "
+                  f"without the reference {row['preference_accuracy']:.3f}", flush=True)
+            better = metrics.note_evaluation(state, row["loss"], 0)
+        if step == args.max_steps or (args.save_every and (better or step % args.save_every == 0)):
+            metrics.write_report(out)
+            save()  # after this step's rows: a checkpoint means that they are there
+    print(f"done: {checkpoint.latest(out)}; curves in {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run(main)
