@@ -13,7 +13,7 @@ and letters are when a space stands before them.
     add        What is 27 + 45?                          72
     add_steps  Add 345 and 287 step by step.             5+7=12, 4+8+1=13, 3+2+1=6, Answer: 632    (one step a line)
     compare    Which number is largest: 47 82 19 33?     82
-    count      How many a in b a n a n a?                3
+    count      How many a in d a c a f a?                3
     list       Sort the list: 4 7 1 9                    1 4 7 9
     string     Reverse the letters: k a t                t a k
 
@@ -57,8 +57,7 @@ class Task(NamedTuple):
     question: str
     answer: str
     wrong: str       # an answer of the same form, as somebody might give who slips once
-    steps: str = ""  # what is written before the answer
-    wrong_steps: str = ""
+    steps: str = ""  # what is written before either answer
 
 
 def held_out(key: str) -> bool:
@@ -71,16 +70,22 @@ def held_out(key: str) -> bool:
 def add(rng: random.Random) -> Task:
     a, b = rng.randrange(50), rng.randrange(50)
     question = rng.choice((f"What is {a} + {b}?", f"Add {a} and {b}.", f"{a} + {b} = ?"))
-    return Task((min(a, b), max(a, b)), question, str(a + b), rng.choice((other_digit(rng, a + b), missed_carry(a, b))))
+    return Task((min(a, b), max(a, b)), question, str(a + b), wrong_sum(rng, a, b))
 
 
 def add_steps(rng: random.Random) -> Task:
     """Written addition of three-digit numbers, from the last column; the third summand is the carry."""
     a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
     question = rng.choice((f"Add {a} and {b} step by step.", f"What is {a} + {b}? Show the steps."))
-    steps, total = column_addition(a, b)
-    wrong_steps, wrong = column_addition(a, b, slip=rng.randrange(3))
-    return Task((min(a, b), max(a, b)), question, total, wrong, steps, wrong_steps)
+    steps, carry = [], 0
+    for column in range(3):
+        x, y = a // 10**column % 10, b // 10**column % 10
+        total = x + y + carry
+        steps.append(f"{x}+{y}+{carry}={total}" if column else f"{x}+{y}={total}")
+        carry = total // 10
+    # The wrong answer comes after right steps: a slip in an early step would change what all later tokens see, and DPO
+    # learns from such pairs to doubt right steps, too, which costs this family nearly all of its exact match.
+    return Task((min(a, b), max(a, b)), question, str(a + b), wrong_sum(rng, a, b), "\n".join(steps))
 
 
 def compare(rng: random.Random) -> Task:
@@ -93,8 +98,9 @@ def compare(rng: random.Random) -> Task:
 
 
 def count(rng: random.Random) -> Task:
-    times, letter = rng.randrange(6), rng.choice(LETTERS)  # the count first: so each is as frequent as any other
-    others = [rng.choice(LETTERS.replace(letter, "")) for _ in range(rng.randrange(max(0, 3 - times), 8 - times))]
+    letters = LETTERS[:8]  # few, so that each is met often
+    times, letter = rng.randrange(6), rng.choice(letters)  # the count first: so each is as frequent as any other
+    others = [rng.choice(letters.replace(letter, "")) for _ in range(rng.randrange(max(0, 3 - times), 8 - times))]
     text = rng.sample([letter] * times + others, times + len(others))
     question = rng.choice((f"How many {letter} in {spaced(text)}?", f"Count the letter {letter}: {spaced(text)}"))
     return Task((letter, *text), question, str(times), str(abs(times + rng.choice((-1, 1)))))
@@ -120,31 +126,15 @@ def string(rng: random.Random) -> Task:
 FAMILIES = {"add": add, "add_steps": add_steps, "compare": compare, "count": count, "list": list_, "string": string}
 
 
-def column_addition(a: int, b: int, slip: int | None = None) -> tuple[str, str]:
-    """The steps and the total. In column `slip` the carry is forgotten or, if there is none, the sum is one too big."""
-    lines, digits, carry = [], "", 0
-    for column in range(3):
-        x, y = a // 10**column % 10, b // 10**column % 10
-        result = x + y + carry
-        forgets = column == slip and column < 2 and result > 9
-        result += column == slip and not forgets
-        lines.append(f"{x}+{y}+{carry}={result}" if column else f"{x}+{y}={result}")
-        digits, carry = str(result % 10) + digits, 0 if forgets else result // 10
-    return "\n".join(lines), (str(carry) if carry else "") + digits
-
-
-def other_digit(rng: random.Random, number: int) -> str:
-    """`number` with one digit off by one."""
-    digits = str(number)
+def wrong_sum(rng: random.Random, a: int, b: int) -> str:
+    """a + b with one digit off by one, or with the first carry missed; where there is none, with one too many."""
+    if rng.randrange(2):
+        return str(a + b - 10 if a % 10 + b % 10 > 9 else a + b + 10)
+    digits = str(a + b)
     at = rng.randrange(len(digits))
     lowest = 1 if at == 0 and len(digits) > 1 else 0
     near = [d for d in (int(digits[at]) - 1, int(digits[at]) + 1) if lowest <= d <= 9]
     return f"{digits[:at]}{rng.choice(near)}{digits[at + 1:]}"
-
-
-def missed_carry(a: int, b: int) -> str:
-    """a + b with the carry of the last column forgotten; where there is none, one is added."""
-    return str(a + b - 10 if a % 10 + b % 10 > 9 else a + b + 10)
 
 
 def slip(rng: random.Random, items: list, symbols) -> list:
@@ -192,7 +182,7 @@ def preference_pairs(split: str, count: int, seed: int = 0) -> Iterator[dict]:
         if place < len(FAMILIES):
             family, task = next(tasks)
             good = chat_row(family, task.question, task.answer, task.steps)
-            bad = chat_row(family, task.question, task.wrong, task.wrong_steps)
+            bad = chat_row(family, task.question, task.wrong, task.steps)
         elif round_ < len(functions):
             family, question, answer = code_questions(functions[round_])[place - len(FAMILIES)]
             corrupt = corrupt_code if family == "function" else corrupt_docstring
