@@ -54,7 +54,7 @@ def main():
     torch.set_num_threads(1)  # the loader itself is one thread of NumPy
     with tempfile.TemporaryDirectory() as folder:
         documents = (Tokens(str(i)) for i in range(args.tokens // 500))
-        index = write_shards(Path(folder, "data"), {"train": documents}, RandomTokenizer(), args.tokens // 4)
+        index = write_shards(Path(folder, "data"), {"train": documents}, RandomTokenizer())
         rows = []
         for seq_len in (64, 256, 1024, 4096):
             loader = Loader(Path(folder, "data"), "train", seq_len=seq_len, global_batch_size=32)
