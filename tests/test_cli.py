@@ -182,7 +182,9 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path, body):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a single process")
 def test_ctrl_c_is_one_line(tmp_path):
-    run = process(tmp_path, "import time; print('ready', flush=True); time.sleep(60)")
+    # A test suite that a shell runs in the background inherits an ignored SIGINT, and so would the child.
+    listen = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = process(tmp_path, f"{listen}; print('ready', flush=True); time.sleep(60)")
     assert run.stdout.readline() == "ready\n"
     run.send_signal(signal.SIGINT)
     assert run.communicate(timeout=60) == ("", "error: interrupted\n")
