@@ -142,8 +142,11 @@ def check(args: Args) -> None:
 def prepare_chats(args: Args, tokenizer) -> dict:
     """The index of --out/data: conversations rendered, cut to --seq_len, split, packed; made once, then reused."""
     folder = Path(args.out) / "data"
-    if (folder / "index.json").exists():
-        return read_index(folder)
+    settings = {name: getattr(args, name) for name in ("data", "val_data", "val_fraction", "template", "seq_len")}
+    if (folder / "index.json").exists():  # of a run that is resumed, or that was killed before it began to train
+        if (index := read_index(folder))["settings"] != settings:
+            raise ValueError(f"{folder}: made with {index['settings']}, not {settings}: delete it or choose another --out")
+        return index
     counts = {"cut": 0, "nothing to train on": 0}
 
     def chats(sources: list[str], split: str):
@@ -159,7 +162,7 @@ def prepare_chats(args: Args, tokenizer) -> dict:
                 yield kept
 
     splits = {"train": chats(args.data, "train"), "val": chats(args.val_data or args.data, "val")}
-    index = write_chats(folder, splits, tokenizer, args.seq_len)
+    index = write_chats(folder, splits, tokenizer, args.seq_len, settings=settings)
     for split, total in index["splits"].items():
         print(f"data: {split:5} {total['conversations']:,} conversations, {total['trained_tokens']:,} trained tokens, "
               f"{total['tokens']:,} in all")

@@ -205,6 +205,15 @@ def test_resumed_equals_undisturbed_to_the_bit(base, chats, tmp_path):
     assert both[0] == both[1]
 
 
+def test_rows_left_by_a_killed_run_with_another_template_are_not_used(base, chats, tmp_path):
+    """Before the first checkpoint there may be rows but no args.json to compare with."""
+    run = train(base, chats, tmp_path / "run", max_steps=1)
+    for name in ("args.json", "latest"):
+        (run / name).unlink()
+    with pytest.raises(ValueError, match="made with .*chatml.*, not .*alpaca"):
+        train(base, chats, run, max_steps=1, template="alpaca", resume="auto")
+
+
 def test_early_stopping_and_the_best_checkpoint(base, chats, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "1+1", "completion": "zebra zebra"}) + "\n")
