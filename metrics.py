@@ -189,7 +189,7 @@ def accept_loss(history: list[float], loss: float, window: int = 50) -> list[flo
 
 
 def new_state(float16: bool) -> dict:
-    """What a run must remember besides weights, optimizer and data position; JSON-able, one and the same in all stages."""
+    """What a run must remember besides weights, optimizer and data position; JSON-able, the same in all stages."""
     return {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "stopped": False,
             "best_step": None, "best_loss": None, "evals_since_best": 0, "lr_scale": 1.0, "rolled_back_at": None,
             "losses": [], "good_steps": 0, "bad_steps": 0, "loss_scale": 2.0**16 if float16 else 1.0}
@@ -206,6 +206,13 @@ def note_evaluation(state: dict, loss: float, patience: int) -> bool:
         state["best_step"], state["best_loss"] = state["step"], loss
     state["stopped"] = 0 < patience <= state["evals_since_best"]
     return better
+
+
+def train_row(state: dict, device, *, loss: float, lr: float, grad_norm: float, speed: float, **more: float) -> dict:
+    """The row of metrics.jsonl for the update just booked in `state`; speed in tokens per second."""
+    return {"kind": "train", "step": state["step"], "loss": loss, "lr": lr, "grad_norm": grad_norm, **more,
+            "tokens": state["tokens"], "tokens_per_second": speed, "seconds": state["seconds"],
+            "memory_bytes": memory_bytes(device), "skipped": state["skipped"]}
 
 
 def verdict(state: dict, loss: float, grad_norm: float, action: str, threshold: float) -> str:

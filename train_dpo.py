@@ -325,9 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         state |= {"step": state["step"] + 1, "tokens": state["tokens"] + tokens, "seconds": state["seconds"] + seconds}
         step, better = state["step"], False
         if step % args.log_every == 0 or step == args.max_steps:
-            row = {"kind": "train", "step": step, "lr": lr, "grad_norm": grad_norm, **means, "tokens": state["tokens"],
-                   "tokens_per_second": tokens / seconds, "seconds": state["seconds"],
-                   "memory_bytes": metrics.memory_bytes(device), "skipped": state["skipped"]}
+            row = metrics.train_row(state, device, lr=lr, grad_norm=grad_norm, speed=tokens / seconds, **means)
             metrics.append_row(log, row)
             print(metrics.progress_line(row, args.max_steps, state["seconds"])
                   + f"  accuracy {means['accuracy']:.2f}  margin {means['margin']:.3f}", flush=True)

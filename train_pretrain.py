@@ -297,9 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         step, better = state["step"], False
         if step % args.log_every == 0 or step == args.max_steps:
             speed = window_tokens / window_seconds
-            row = {"kind": "train", "step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
-                   "tokens": state["tokens"], "tokens_per_second": speed, "seconds": state["seconds"],
-                   "memory_bytes": metrics.memory_bytes(device), "skipped": state["skipped"]}
+            row = metrics.train_row(state, device, loss=loss, lr=lr, grad_norm=grad_norm, speed=speed)
             metrics.append_row(log, row)
             mfu = peak and speed * flops / peak
             print(metrics.progress_line(row, args.max_steps, state["seconds"], mfu), flush=True)

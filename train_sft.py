@@ -85,7 +85,7 @@ class Args:
 
 
 FIXED = {"model", "data", "val_data", "val_fraction", "tokenizer", "template", "seq_len", "prompt_loss_weight",
-         "replay", "replay_fraction", "global_batch_size", "optimizer", "neftune_alpha", "seed"}  # else it is another run
+         "replay", "replay_fraction", "global_batch_size", "optimizer", "neftune_alpha", "seed"}  # else another run
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -145,7 +145,7 @@ def prepare_chats(args: Args, tokenizer) -> dict:
     settings = {name: getattr(args, name) for name in ("data", "val_data", "val_fraction", "template", "seq_len")}
     if (folder / "index.json").exists():  # of a run that is resumed, or that was killed before it began to train
         if (index := read_index(folder))["settings"] != settings:
-            raise ValueError(f"{folder}: made with {index['settings']}, not {settings}: delete it or choose another --out")
+            raise ValueError(f"{folder}: made with {index['settings']}, not {settings}: choose another --out")
         return index
     counts = {"cut": 0, "nothing to train on": 0}
 
@@ -276,9 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         step, better = state["step"], False
         if step % args.log_every == 0 or step == args.max_steps:
             speed = window_tokens / window_seconds
-            row = {"kind": "train", "step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
-                   "tokens": state["tokens"], "tokens_per_second": speed, "seconds": state["seconds"],
-                   "memory_bytes": metrics.memory_bytes(device), "skipped": state["skipped"]}
+            row = metrics.train_row(state, device, loss=loss, lr=lr, grad_norm=grad_norm, speed=speed)
             metrics.append_row(log, row)
             mfu = peak and speed * flops / peak
             print(metrics.progress_line(row, args.max_steps, state["seconds"], mfu), flush=True)
