@@ -26,11 +26,13 @@ import re
 import shutil
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data.chat import stop_ids
 from model import CausalLM, ModelConfig
 
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
@@ -221,6 +223,21 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
+
+
+def load_chat_model(path, tokenizer, template: str, *, seq_len: int = 1, **how) -> CausalLM:
+    """load_model of find_checkpoint(path), made ready for conversations that `tokenizer` (see prepare_tokenizer) renders.
+
+    Its vocabulary grows by the tokens that the template added, and its turns end where the template's do. `how`: as in
+    load_model. ValueError also if the model knows fewer than seq_len positions."""
+    model = load_model(find_checkpoint(path), **how)
+    if (known := model.config.max_position_embeddings) < seq_len:
+        raise ValueError(f"--seq_len {seq_len}: {path} knows {known} positions")
+    if (new := tokenizer.vocab_size - model.config.vocab_size) > 0:
+        grow_vocabulary(model, tokenizer.vocab_size)
+        print(f"the embedding grew by {new} tokens, each the mean of all others", file=sys.stderr)
+    model.config.eos_token_id = sorted(stop_ids(tokenizer, template))
+    return model
 
 
 @torch.no_grad()

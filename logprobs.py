@@ -23,6 +23,20 @@ IGNORE = -100  # label of a position that does not count
 BLOCK = 1 << 24  # logits taken at a time: 64 MiB in float32
 
 
+def padded(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """(ids, mask) of each sequence, mask 1 where the token counts -> input_ids, labels (B, S) int64, one a row.
+
+    Padded on the right, where a causal model's other positions do not look; S = the longest sequence's length - 1.
+    """
+    S = max(len(ids) for ids, _ in sequences) - 1
+    input_ids = torch.zeros(len(sequences), S, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE)
+    for row, (ids, mask) in enumerate(sequences):
+        input_ids[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        labels[row, : len(ids) - 1] = torch.tensor([i if m else IGNORE for i, m in zip(ids[1:], mask[1:])])
+    return input_ids, labels
+
+
 def _in_blocks(function, logits: Tensor, *rest: Tensor) -> Tensor:
     """function((rows, V) logits, (rows,) each of the rest) -> (rows,), block by block; logits (..., V) -> (...).
 

@@ -26,10 +26,10 @@ from torch import Tensor
 import checkpoint
 import metrics
 from cli import parse, run
-from data.chat import TEMPLATES, prepare_tokenizer, read_preferences, render, stop_ids, truncate
+from data.chat import TEMPLATES, prepare_tokenizer, read_preferences, render, template_of, truncate
 from data.loader import shuffled
 from data.tokenizer import load_tokenizer
-from logprobs import sequence_logprobs
+from logprobs import padded, sequence_logprobs
 from model import CausalLM, num_parameters
 from optim import build_optimizer, clip_grad_norm, learning_rate
 
@@ -47,7 +47,7 @@ class Args:
     val_data: list[str] = field(default_factory=list)  # held-out pairs, instead of a part of --data
     val_fraction: float = 0.1  # share of the prompts that is held out, chosen by their text
     tokenizer: str = ""  # a tokenizer's file or folder; empty: the model's
-    template: str = "chatml"  # chatml llama2 llama3 mistral vicuna alpaca
+    template: str = ""  # chatml llama2 llama3 mistral vicuna alpaca; empty: that of --model's tokenizer, else chatml
     seq_len: int = 256  # longest prompt and answer, in tokens; a longer one is cut
     out: str = "out/dpo"  # folder of the run
     resume: str = "none"  # none: --out must be empty; auto: go on from its latest checkpoint; or a checkpoint's folder
@@ -160,23 +160,12 @@ def read_pairs(args: Args, tokenizer, split: str) -> list[Pair]:
     return pairs
 
 
-def batch_of(pairs: list[Pair], device) -> tuple[Tensor, Tensor]:
-    """input_ids, labels (2 B, S): the chosen answers, then the rejected; padded on the right, where nothing looks."""
-    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    S = max(len(ids) for ids, _ in sides) - 1
-    input_ids, labels = torch.zeros(len(sides), S, dtype=torch.long), torch.full((len(sides), S), -100)
-    for row, (ids, mask) in enumerate(sides):
-        input_ids[row, :len(ids) - 1] = torch.tensor(ids[:-1])
-        labels[row, :len(ids) - 1] = torch.tensor([i if m else -100 for i, m in zip(ids[1:], mask[1:])])
-    return input_ids.to(device), labels.to(device)
-
-
 def score(model: CausalLM, pairs: list[Pair], device, autocast) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities and lengths of the answers: (B, 2) each, chosen first."""
-    input_ids, labels = batch_of(pairs, device)
+    input_ids, labels = padded([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
     with autocast:
-        logits = model(input_ids)
-    sums, lengths = sequence_logprobs(logits, labels)
+        logits = model(input_ids.to(device))
+    sums, lengths = sequence_logprobs(logits, labels.to(device))
     return sums.view(2, -1).T, lengths.view(2, -1).T
 
 
@@ -217,21 +206,17 @@ def check(args: Args) -> None:
     expect(not args.label_smoothing or args.loss_type in ("sigmoid", "robust", "sigmoid_norm"), "label_smoothing",
            f"has no meaning for --loss_type {args.loss_type}")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
-    expect(args.template in TEMPLATES, "template", f"choose from {', '.join(TEMPLATES)}")
+    expect(args.template in ("", *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     metrics.detect_device(args.device)
     for folder in filter(None, (args.model, args.ref_model)):
         checkpoint.find_checkpoint(folder)
 
 
 def load(args: Args, folder: str, tokenizer) -> CausalLM:
-    """A model in eval mode, grown by the tokens that the template added. Dropout stays off: it would blur the ratio."""
-    dtype = torch.float64 if args.dtype == "float64" else torch.float32
-    model = checkpoint.load_model(checkpoint.find_checkpoint(folder), dtype=dtype, attention=args.attention)
-    if (known := model.config.max_position_embeddings) < args.seq_len:
-        raise ValueError(f"--seq_len {args.seq_len}: {folder} knows {known} positions")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        checkpoint.grow_vocabulary(model, tokenizer.vocab_size)
-    model.config.eos_token_id = sorted(stop_ids(tokenizer, args.template))
+    """A model in eval mode, and it stays there: dropout would blur the ratio."""
+    model = checkpoint.load_chat_model(folder, tokenizer, args.template, seq_len=args.seq_len,
+                                       dtype=torch.float64 if args.dtype == "float64" else torch.float32,
+                                       attention=args.attention)
     model.model.activation_checkpointing = args.activation_checkpointing
     return model.eval()
 
@@ -241,6 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     out, device = Path(args.out), metrics.detect_device(args.device)
     log = out / "metrics.jsonl"
+    tokenizer = load_tokenizer(args.tokenizer or checkpoint.find_checkpoint(args.model))
+    args.template = args.template or template_of(tokenizer) or "chatml"
     state = metrics.new_state(float16=args.dtype == "float16")
     resume_from = checkpoint.resume_point(out, args.resume, asdict(args), FIXED)
     if resume_from:
@@ -250,7 +237,6 @@ def main(argv: list[str] | None = None) -> None:
             return
 
     # Data, model, reference, optimizer.
-    tokenizer = load_tokenizer(args.tokenizer or checkpoint.find_checkpoint(args.model))
     if added := prepare_tokenizer(tokenizer, args.template):
         print(f"the tokenizer lacked {' '.join(added)}, which the template needs: added")
     pairs, held_out = read_pairs(args, tokenizer, "train"), read_pairs(args, tokenizer, "val")

@@ -26,13 +26,12 @@ import torch.nn.functional as F
 import checkpoint
 import metrics
 from cli import parse, run
-from data.chat import TEMPLATES, prepare_tokenizer, read_chats, render, render_prompt, stop_ids, truncate
+from data.chat import TEMPLATES, prepare_tokenizer, read_chats, render, template_of, truncate
 from data.loader import Loader, eval_batches
 from data.pack import read_index, write_chats
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
-from evaluate import bits_per_byte, evaluate_loss
-from generate import generate
+from evaluate import answers, bits_per_byte, evaluate_loss
 from model import CausalLM, flops_per_token, num_parameters
 from optim import build_optimizer, clip_grad_norm, learning_rate
 
@@ -45,7 +44,7 @@ class Args:
     val_data: list[str] = field(default_factory=list)  # held-out conversations, instead of a part of --data
     val_fraction: float = 0.1  # share of the conversations that is held out, chosen by their text
     tokenizer: str = ""  # a tokenizer's file or folder; empty: the model's
-    template: str = "chatml"  # chatml llama2 llama3 mistral vicuna alpaca
+    template: str = ""  # chatml llama2 llama3 mistral vicuna alpaca; empty: that of --model's tokenizer, else chatml
     seq_len: int = 256  # tokens per row; a longer conversation is cut
     prompt_loss_weight: float = 0.0  # weight in the loss of what the assistant does not say
     replay: list[str] = field(default_factory=list)  # pretraining text to mix in
@@ -134,7 +133,7 @@ def check(args: Args) -> None:
         expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
-    expect(args.template in TEMPLATES, "template", f"choose from {', '.join(TEMPLATES)}")
+    expect(args.template in ("", *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     metrics.detect_device(args.device)
     checkpoint.find_checkpoint(args.model)
 
@@ -171,15 +170,10 @@ def prepare_chats(args: Args, tokenizer) -> dict:
 
 
 def build_model(args: Args, tokenizer) -> CausalLM:
-    """The model of --model, grown by the tokens that the template added, ending its turns where the template does."""
-    dtype = torch.float64 if args.dtype == "float64" else torch.float32
-    model = checkpoint.load_model(checkpoint.find_checkpoint(args.model), dtype=dtype, attention=args.attention)
-    if (known := model.config.max_position_embeddings) < args.seq_len:
-        raise ValueError(f"--seq_len {args.seq_len}: {args.model} knows {known} positions")
-    if (new := tokenizer.vocab_size - model.config.vocab_size) > 0:
-        checkpoint.grow_vocabulary(model, tokenizer.vocab_size)
-        print(f"the embedding grew by {new} tokens, each the mean of all others")
-    model.config.eos_token_id = sorted(stop_ids(tokenizer, args.template))
+    """The model of --model in training mode, with what the flags add to its layers."""
+    model = checkpoint.load_chat_model(args.model, tokenizer, args.template, seq_len=args.seq_len,
+                                       dtype=torch.float64 if args.dtype == "float64" else torch.float32,
+                                       attention=args.attention)
     model.model.activation_checkpointing = args.activation_checkpointing
     if args.neftune_alpha:
         model.model.embed_tokens.register_forward_hook(neftune(args.neftune_alpha))
@@ -199,6 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     out, device = Path(args.out), metrics.detect_device(args.device)
     log = out / "metrics.jsonl"
+    tokenizer = load_tokenizer(args.tokenizer or checkpoint.find_checkpoint(args.model))
+    args.template = args.template or template_of(tokenizer) or "chatml"
     state = metrics.new_state(float16=args.dtype == "float16")
     resume_from = checkpoint.resume_point(out, args.resume, asdict(args), FIXED)
     if resume_from:
@@ -208,7 +204,6 @@ def main(argv: list[str] | None = None) -> None:
             return
 
     # Data, model, optimizer.
-    tokenizer = load_tokenizer(args.tokenizer or checkpoint.find_checkpoint(args.model))
     if added := prepare_tokenizer(tokenizer, args.template):
         print(f"the tokenizer lacked {' '.join(added)}, which the template needs: added")
     index, replay = prepare_chats(args, tokenizer), None
@@ -288,13 +283,10 @@ def main(argv: list[str] | None = None) -> None:
             better = metrics.note_evaluation(state, row["loss"], args.early_stopping)
         last = step == args.max_steps or state["stopped"]
         if last and args.sample_tokens:
-            prompts = [render_prompt([{"role": "user", "content": text}], tokenizer, args.template)
-                       for text in args.sample_prompt]
-            answers = generate(model, prompts, max_new_tokens=args.sample_tokens, temperature=0.0,
-                               stop_token_ids=stop_ids(tokenizer, args.template), vocab_size=tokenizer.vocab_size)
-            samples = [dict(step=step, prompt=prompt, text=tokenizer.decode(ids))
-                       for prompt, ids in zip(args.sample_prompt, answers)]
-            checkpoint.write_json(out / "samples.json", samples)
+            prompts = [[{"role": "user", "content": text}] for text in args.sample_prompt]
+            texts = answers(model, tokenizer, prompts, args.template, max_new_tokens=args.sample_tokens)
+            checkpoint.write_json(out / "samples.json", [dict(step=step, prompt=prompt, text=text)
+                                                         for prompt, text in zip(args.sample_prompt, texts)])
         if last or (args.save_every and (better or step % args.save_every == 0)):
             metrics.write_report(out)
             save()  # after this step's rows, samples and report: a checkpoint means that they are there

@@ -115,6 +115,11 @@ def stop_ids(tokenizer, template: str = "chatml") -> set[int]:
     return ends
 
 
+def template_of(tokenizer) -> str | None:
+    """The template that `prepare_tokenizer` prepared the tokenizer for, known by its Jinja text; else None."""
+    return next((name for name in TEMPLATES if tokenizer.chat_template == jinja_template(name)), None)
+
+
 def jinja_template(template: str) -> str:
     """The `chat_template` of tokenizer_config.json: with it, and a BPE tokenizer, `apply_chat_template(messages)` gives
     `render`'s ids, and with add_generation_prompt=True `render_prompt`'s."""

@@ -218,6 +218,23 @@ def check_split(split: str) -> None:
         raise ValueError(f'split must be "train" or "val", not {split!r}')
 
 
+def read_tasks(paths: list[str]) -> Iterator[tuple[str, dict]]:
+    """(file:line, row) of files of `make_tasks`. ValueError, with file and line: a line that is no such row."""
+    for path in paths:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    messages = row["messages"]
+                    good = messages[:-1] and all(isinstance(message["content"], str) for message in messages)
+                    good = good and isinstance(row["family"], str) and isinstance(row["answer"], str)
+                except (ValueError, TypeError, KeyError):
+                    good = False
+                if not good:
+                    raise ValueError(f'{path}:{number}: expected a task, {{"messages", "family", "answer"}}')
+                yield f"{path}:{number}", row
+
+
 def grade(row: dict, completion: str) -> bool:
     """Exact match: the text after the last "Answer:", or all of it, outer whitespace aside, is the row's answer."""
     return completion.rsplit(MARKER, 1)[-1].strip() == row["answer"]

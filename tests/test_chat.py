@@ -11,7 +11,7 @@ import jinja2
 import pytest
 
 from data.chat import (TEMPLATES, Preference, jinja_template, prepare_tokenizer, read_chats, read_preferences, render,
-                       render_prompt, segments, show, stop_ids, template_tokens, truncate)
+                       render_prompt, segments, show, stop_ids, template_of, template_tokens, truncate)
 from data.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -518,3 +518,12 @@ def test_command_says_in_one_line_what_is_wrong(tmp_path):
     path = write(tmp_path / "a.jsonl", {"messages": turns("a")})
     done = run_chat(path)
     assert done.returncode == 2 and done.stderr == f"error: {path}:1: the assistant never speaks: nothing to train on\n"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_prepared_tokenizer_tells_its_template_after_saving_too(template, tmp_path):
+    tokenizer = BPETokenizer.train([], 257)
+    assert template_of(tokenizer) is None
+    prepare_tokenizer(tokenizer, template)
+    tokenizer.save(tmp_path)
+    assert template_of(tokenizer) == template_of(load_tokenizer(tmp_path)) == template

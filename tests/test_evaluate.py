@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte against figures worked out by hand, gzip and xz against the real programs."""
 
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -15,12 +16,14 @@ import torch
 
 import checkpoint
 import evaluate
+from data.chat import Preference, prepare_tokenizer, render
 from data.corpus import Document
 from data.loader import eval_batches
 from data.pack import read_index, write_shards
 from data.prepare import prepare
 from data.tokenizer import BPETokenizer, CharTokenizer
-from evaluate import bits_per_byte, compressed_bits_per_byte, evaluate_loss, perplexity
+from evaluate import (answers, bits_per_byte, compressed_bits_per_byte, evaluate_loss, exact_match, perplexity,
+                      preference_accuracy)
 from model import CausalLM, ModelConfig
 
 ROOT = os.path.dirname(evaluate.__file__)
@@ -325,3 +328,101 @@ def test_from_a_shell_bad_input_is_one_line_and_code_2(folder):
     run = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2 and run.stdout == "" and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith("error: no/such.txt: no such file")
+
+
+# Chat: exact match on tasks, accuracy on preferences
+
+def chat_folder(path, seed=1, **changes):
+    """A model with random weights and a tokenizer of bytes that knows ChatML: (model, tokenizer, folder)."""
+    tokenizer = BPETokenizer.train([], 257)
+    prepare_tokenizer(tokenizer, "chatml")
+    model = tiny(tokenizer.vocab_size, torch.float64, max_position_embeddings=64, **changes)
+    path.mkdir()
+    checkpoint.save_model(path, model, tokenizer)
+    return model.eval(), tokenizer, path
+
+
+def parrot(tokenizer, text):
+    """A bigram model that answers `text`, in which no letter comes twice, whatever it is asked."""
+    ids = [tokenizer.encode("\n")[0], *tokenizer.encode(text), tokenizer.special_tokens["<|im_end|>"]]
+    table = torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size)
+    for a, b in zip(ids, ids[1:]):
+        table[a, b] = 50
+    return bigram(table.tolist()).eval()
+
+
+def task(question, answer, family):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            "family": family, "answer": answer}
+
+
+def test_exact_match_counts_right_answers_by_family(tmp_path):
+    _, tokenizer, _ = chat_folder(tmp_path / "m")
+    model = parrot(tokenizer, "7 up")
+    rows = [task("3+4", "7 up", "sum"), task("1+1", "2", "sum"), task("say it", "7 up", "word")]
+    assert answers(model, tokenizer, [row["messages"][:-1] for row in rows], "chatml", batch_size=2) == ["7 up"] * 3
+    result = exact_match(model, tokenizer, rows, "chatml", batch_size=2)
+    assert result == {"exact_match": 2 / 3, "families": {"sum": (1, 2), "word": (1, 1)}}
+    cut = exact_match(model, tokenizer, rows, "chatml", max_new_tokens=1)
+    assert cut["exact_match"] == 0  # "7" alone is not the answer
+
+
+def test_answers_do_not_depend_on_the_batch(tmp_path):
+    model, tokenizer, _ = chat_folder(tmp_path / "m")
+    prompts = [[{"role": "user", "content": "a" * n}] for n in (1, 9, 4, 20, 2)]
+    alone = answers(model, tokenizer, prompts, "chatml", batch_size=1, max_new_tokens=12)
+    assert answers(model, tokenizer, prompts, "chatml", batch_size=3, max_new_tokens=12) == alone
+    assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_preference_accuracy_equals_each_answer_scored_alone(tmp_path, batch_size):
+    model, tokenizer, _ = chat_folder(tmp_path / "m", initializer_range=0.5)
+    texts = ["yes", "no, never", "a", "bc" * 3, "ok then", "hm"]
+    pairs = [Preference(f"{i}", [{"role": "user", "content": "q" * i}], [{"role": "assistant", "content": a}],
+                        [{"role": "assistant", "content": b}])
+             for i, (a, b) in enumerate(itertools.permutations(texts, 2), 1) if i < 25]
+
+    def mean_logprob(prompt, answer):
+        ids, mask = render(prompt + answer, tokenizer, "chatml")
+        logp = model(torch.tensor([ids])).log_softmax(-1)[0]
+        scores = [logp[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]]
+        return sum(scores) / len(scores)
+
+    right = sum(mean_logprob(pair.prompt, pair.chosen) > mean_logprob(pair.prompt, pair.rejected) for pair in pairs)
+    result = preference_accuracy(model, tokenizer, pairs, "chatml", batch_size=batch_size)
+    assert result == {"preference_accuracy": right / 24, "pairs": 24, "ties": 0} and 0 < right < 24
+
+
+def test_ties_are_counted_equal_scores_are_half_and_long_texts_are_cut(tmp_path):
+    model, tokenizer, _ = chat_folder(tmp_path / "m")
+    model.lm_head.weight.data.zero_()  # all tokens equally likely: every mean is the same
+
+    def pair(prompt, chosen, rejected):
+        return Preference("", [{"role": "user", "content": prompt}], [{"role": "assistant", "content": chosen}],
+                          [{"role": "assistant", "content": rejected}])
+
+    pairs = [pair("a", "b", "c"), pair("a", "b", "b"), pair("a" * 100, "b" * 100, "c")]
+    assert preference_accuracy(model, tokenizer, pairs, "chatml") == {"preference_accuracy": 0.5, "pairs": 2, "ties": 1}
+    with pytest.raises(ValueError, match="no pair to compare"):
+        preference_accuracy(model, tokenizer, pairs[1:2], "chatml")
+
+
+def test_command_on_tasks_and_pairs(tmp_path, monkeypatch, capsys):
+    *_, folder = chat_folder(tmp_path / "m")
+    tasks, pairs = tmp_path / "tasks.jsonl", tmp_path / "pairs.jsonl"
+    tasks.write_text("".join(json.dumps(task(f"{a}+1", str(a + 1), "sum")) + "\n" for a in range(5)))
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    flags = ["--model", folder, "--tasks", tasks, "--pairs", pairs, "--max_new_tokens", 4]
+    result, line = command(monkeypatch, capsys, *flags)
+    assert result["exact_match"] == 0 and result["families"] == {"sum": [0, 5]} and result["pairs"] == 1
+    assert result["template"] == "chatml" and "data" not in result and "loss" not in result
+    assert "exact match 0.0% of 5 tasks: sum 0%" in line and "of 1 pairs, 0 ties left out" in line
+    assert command(monkeypatch, capsys, *flags, "--dtype", "bfloat16")[0]["pairs"] == 1
+    other, line = command(monkeypatch, capsys, *flags, "--template", "llama3")  # a base model: its tokens are added
+    assert other["template"] == "llama3" and "<|eot_id|>" in line and "embedding grew by 4 tokens" in line
+    tasks.write_text('{"messages": []}\n')
+    with pytest.raises(ValueError, match="tasks.jsonl:1: expected a task"):
+        command(monkeypatch, capsys, *flags)
+    with pytest.raises(ValueError, match="choose from chatml"):
+        command(monkeypatch, capsys, *flags, "--template", "gpt")

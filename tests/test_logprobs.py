@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import logprobs
-from logprobs import (entropy, kl_estimate, masked_mean, masked_whiten, segment_sums, sequence_logprobs, token_logprobs)
+from logprobs import (entropy, kl_estimate, masked_mean, masked_whiten, padded, segment_sums, sequence_logprobs,
+                      token_logprobs)
 
 B, S, V = 3, 5, 11
 
@@ -212,3 +213,9 @@ def test_entropy_and_its_gradient(monkeypatch):
     H.sum().backward()  # dH / dz_i = -p_i (log p_i + H)
     assert torch.allclose(logits.grad, -p * (p.log() + H[..., None]), rtol=0, atol=1e-12)
     assert entropy(torch.zeros(4, 8)).tolist() == pytest.approx([math.log(8)] * 4)
+
+
+def test_padded_by_hand_aligns_labels_with_what_predicts_them():
+    input_ids, labels = padded([([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 4], [1, 1])])
+    assert input_ids.tolist() == [[5, 6, 7], [9, 0, 0]]
+    assert labels.tolist() == [[-100, 7, 8], [4, -100, -100]]  # a first token has nothing that predicts it

@@ -294,3 +294,15 @@ def test_bad_input_gets_one_line_and_leaves_nothing(arguments, message, tmp_path
     done = run("--out", tmp_path / "tasks", *arguments)
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
     assert not (tmp_path / "tasks").exists()
+
+
+def test_tasks_are_read_back_and_a_wrong_line_is_named(tmp_path):
+    rows = list(tasks.make_tasks("val", 12))
+    path = tmp_path / "t.jsonl"
+    tasks.write_rows(path, rows)
+    assert list(tasks.read_tasks([str(path)])) == [(f"{path}:{i}", row) for i, row in enumerate(rows, 1)]
+    for line in ("{", "[]", '{"messages": [], "family": "a", "answer": "b"}', '{"messages": [{"role": "user"}], "family": 1}',
+                 json.dumps(rows[0] | {"answer": 3})):
+        path.write_text(json.dumps(rows[0]) + "\n" + line + "\n")
+        with pytest.raises(ValueError, match="t.jsonl:2: expected a task"):
+            list(tasks.read_tasks([str(path)]))

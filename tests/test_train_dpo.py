@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-import signal
+import os
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,11 @@ import train_dpo
 from data.chat import render
 from data.tokenizer import BPETokenizer, load_tokenizer
 from model import CausalLM, ModelConfig
+from stages import assert_same_run, kill_at_random_moments, losses, rows, run_stage
 from train_dpo import Args, log1mexp, main, preference_loss
 
 TINY = {"seq_len": 48, "global_batch_size": 4, "micro_batch_size": 4, "max_steps": 5, "warmup_steps": 0, "log_every": 1,
         "eval_every": 0, "save_every": 0, "device": "cpu", "lr": 1e-3}
-WALL_CLOCK = {"seconds", "tokens_per_second", "memory_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +41,7 @@ def pairs(tmp_path_factory) -> Path:
 
 
 def train(base, pairs, out, **changes) -> Path:
-    words = []
-    for name, value in (TINY | {"model": base, "data": pairs, "out": out} | changes).items():
-        words += [f"--{name}", str(value)]
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        main(words)
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-            signal.signal(number, handler)
-    return Path(out)
-
-
-def rows(run, kind="train") -> list[dict]:
-    return [row for row in metrics.read_rows(Path(run) / "metrics.jsonl") if row["kind"] == kind]
-
-
-def losses(run, kind="train") -> list[float]:
-    return [row["loss"] for row in rows(run, kind)]
+    return run_stage(main, TINY | {"model": base, "data": pairs, "out": out} | changes)
 
 
 # ---- the losses, from numbers
@@ -144,7 +127,7 @@ def test_scores_are_those_of_each_answer_alone(base, pairs):
     """Padding on the right changes nothing; only the answer and its end of turn count."""
     tokenizer = load_tokenizer(base)
     train_dpo.prepare_tokenizer(tokenizer, "chatml")
-    args = train_dpo.parse(Args, argv=["--model", str(base), "--data", str(pairs), "--dtype", "float64", "--seq_len", "48"])
+    args = train_dpo.parse(Args, argv=["--model", str(base), "--data", str(pairs), "--dtype", "float64", "--seq_len", "48", "--template", "chatml"])
     model, some = train_dpo.load(args, str(base), tokenizer), train_dpo.read_pairs(args, tokenizer, "train")[:5]
     sums, lengths = train_dpo.score(model, some, "cpu", contextlib.nullcontext())
     for row, pair in enumerate(some):
@@ -200,10 +183,15 @@ def test_resumed_equals_undisturbed_to_the_bit(base, pairs, tmp_path):
     whole = train(base, pairs, tmp_path / "whole", **settings)
     parts = train(base, pairs, tmp_path / "parts", **settings | dict(max_steps=5))
     train(base, pairs, parts, **settings, resume=str(parts / "step_00000003"))
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (checkpoint.latest(whole) / name).read_bytes() == (checkpoint.latest(parts) / name).read_bytes()
-    lasting = [[{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows(run)] for run in (whole, parts)]
-    assert lasting[0] == lasting[1]
+    assert_same_run(whole, parts)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: starting 10 fresh interpreters would take minutes")
+def test_killed_at_10_random_moments_ends_as_if_undisturbed(base, pairs, tmp_path):
+    settings = dict(model=base, data=pairs, max_steps=60, save_every=2, eval_every=7)
+    whole, killed = kill_at_random_moments("train_dpo", TINY | settings, tmp_path, kills=10)
+    assert_same_run(whole, killed)
+    assert (killed / "report.html").exists()
 
 
 def test_equal_answers_are_skipped_and_counted(base, pairs, tmp_path, capsys):

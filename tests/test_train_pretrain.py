@@ -3,7 +3,6 @@
 import html
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -18,7 +17,9 @@ import torch
 
 import checkpoint
 import metrics
+import stages
 import train_pretrain
+from stages import assert_same_run, kill_at_random_moments, lasting, losses, rows, run_stage
 from train_pretrain import PRESETS, Args, main, next_token_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,6 @@ TINY = {"tokenizer": "char", "hidden_size": 16, "num_hidden_layers": 2, "num_att
         "global_batch_size": 4, "micro_batch_size": 4, "max_steps": 12, "warmup_steps": 2, "log_every": 1, "eval_every": 0,
         "save_every": 0, "sample_tokens": 0, "device": "cpu"}
 NO_SHAPE = {"hidden_size": None, "num_hidden_layers": None, "num_attention_heads": None}
-WALL_CLOCK = {"seconds", "tokens_per_second", "memory_bytes"}
 
 
 @pytest.fixture
@@ -38,49 +38,15 @@ def text(tmp_path) -> str:
 
 
 def flags(data: str, out, **changes) -> list[str]:
-    words = []
-    for name, value in (TINY | {"data": data, "out": str(out)} | changes).items():
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return stages.flags(TINY | {"data": data, "out": str(out)} | changes)
 
 
 def train(data: str, out, **changes) -> Path:
-    """Run the stage in this process; returns the run's folder. Signal handlers are put back afterwards."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        main(flags(data, out, **changes))
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-            signal.signal(number, handler)
-    return Path(out)
-
-
-def rows(run, kind="train") -> list[dict]:
-    return [row for row in metrics.read_rows(Path(run) / "metrics.jsonl") if row["kind"] == kind]
-
-
-def losses(run, kind="train") -> list[float]:
-    return [row["loss"] for row in rows(run, kind)]
+    return run_stage(main, TINY | {"data": data, "out": str(out)} | changes)
 
 
 def weights(run) -> dict[str, torch.Tensor]:
     return checkpoint.read_safetensors(checkpoint.latest(run) / "model.safetensors")
-
-
-def lasting(run) -> list[dict]:
-    """All rows without the three fields that depend on the clock and the machine."""
-    return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in metrics.read_rows(Path(run) / "metrics.jsonl")]
-
-
-def assert_same_run(a, b) -> None:
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (checkpoint.latest(a) / name).read_bytes() == (checkpoint.latest(b) / name).read_bytes(), name
-    assert lasting(a) == lasting(b)
 
 
 # ---- what a run is
@@ -388,46 +354,14 @@ def test_a_finished_run_can_be_made_longer(text, tmp_path):
     assert_same_run(run, train(text, tmp_path / "whole", schedule="constant", max_steps=15))
 
 
-def run_in_child(argv):  # runs in a forked process
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    main(argv)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: starting 20 fresh interpreters would take minutes")
 def test_killed_at_20_random_moments_ends_as_if_undisturbed(text, tmp_path, monkeypatch):
     """SIGKILL, in saves too (a save every second update makes up most of the time): the last bits are the same."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_pretrain"])  # the children start with everything imported
     settings = dict(max_steps=60, save_every=2, eval_every=7, attention_dropout=0.1, optimizer="muon", sample_tokens=4)
-
-    def start(out, **changes):
-        process = context.Process(target=run_in_child, args=(flags(text, out, **settings, **changes),))
-        process.start()
-        return process
-
-    start(tmp_path / "warm", resume="auto").join()
-    begin = time.monotonic()
-    start(tmp_path / "whole", resume="auto").join()
-    duration = time.monotonic() - begin
-    delays, kills = random.Random(0), 0
-    while kills < 20:
-        process = start(tmp_path / "killed", resume="auto")
-        process.join(delays.uniform(0.05, 0.5) * duration)
-        if process.exitcode is None:
-            process.kill()
-            kills += 1
-            process.join()
-        else:
-            assert process.exitcode == 0
-            break  # it got to the end between two kills
-    assert kills >= 3
-    process = start(tmp_path / "killed", resume="auto")
-    process.join()
-    assert process.exitcode == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert (tmp_path / "killed" / "samples.json").read_text() == (tmp_path / "whole" / "samples.json").read_text()
+    whole, killed = kill_at_random_moments("train_pretrain", TINY | {"data": text} | settings, tmp_path, kills=20)
+    assert_same_run(whole, killed)
+    assert (killed / "samples.json").read_text() == (whole / "samples.json").read_text()
 
 
 # ---- continual pretraining

@@ -1,0 +1,94 @@
+"""What the tests of all stages share: run one in this process, look at what it left, kill it and go on."""
+
+import importlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import metrics
+
+WALL_CLOCK = {"seconds", "tokens_per_second", "memory_bytes"}
+
+
+def flags(settings: dict) -> list[str]:
+    """{"lr": 0.1, "compile": False, "data": [a, b], "model": None} -> --lr 0.1 --no_compile --data a b"""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        elif value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def run_stage(main, settings: dict) -> Path:
+    """Run a stage's main in this process; returns the run's folder. Signal handlers are put back afterwards."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        main(flags(settings))
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+    return Path(settings["out"])
+
+
+def rows(run, kind="train") -> list[dict]:
+    return [row for row in metrics.read_rows(Path(run) / "metrics.jsonl") if row["kind"] == kind]
+
+
+def losses(run, kind="train") -> list[float]:
+    return [row["loss"] for row in rows(run, kind)]
+
+
+def lasting(run) -> list[dict]:
+    """All rows without the three fields that depend on the clock and the machine."""
+    return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in metrics.read_rows(Path(run) / "metrics.jsonl")]
+
+
+def assert_same_run(a, b) -> None:
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (checkpoint.latest(a) / name).read_bytes() == (checkpoint.latest(b) / name).read_bytes(), name
+    assert lasting(a) == lasting(b)
+
+
+def _in_child(stage: str, words: list[str]) -> None:
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    importlib.import_module(stage).main(words)
+
+
+def kill_at_random_moments(stage: str, settings: dict, folder: Path, kills: int) -> tuple[Path, Path]:
+    """The stage undisturbed, and the stage sent SIGKILL at `kills` random moments and started again: (whole, killed)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_pretrain", "train_sft", "train_dpo"])  # the children start with all imported
+
+    def start(out: str):
+        process = context.Process(target=_in_child, args=(stage, flags(settings | {"out": folder / out, "resume": "auto"})))
+        process.start()
+        return process
+
+    start("warm").join()
+    begin = time.monotonic()
+    start("whole").join()
+    duration, delays, done = time.monotonic() - begin, random.Random(0), 0
+    while done < kills:
+        process = start("killed")
+        process.join(delays.uniform(0.05, 0.5) * duration)
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break  # it got to the end between two kills
+        process.kill()
+        process.join()
+        done += 1
+    assert done >= 3
+    process = start("killed")
+    process.join()
+    assert process.exitcode == 0
+    return folder / "whole", folder / "killed"
