@@ -128,6 +128,18 @@ def preference_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: 
     return losses, beta * c.detach(), beta * r.detach()
 
 
+def kto_loss(policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor, *, beta: float = 0.1,
+             desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
+    """KTO (arXiv:2402.01306, eq. 8), for answers that are good or bad, not paired: (B,) each, desirable bool -> losses (B,).
+
+    kl: log-ratios (n,) of mismatched answers, each prompt's to the next prompt in the batch, or their mean over all
+    ranks; max(0, mean), detached, is the point from which a gain or a loss is felt, 0 if n = 0.
+    """
+    z = (kl.sum() / max(kl.numel(), 1)).clamp(min=0).detach()
+    gain = beta * (policy_logps - ref_logps - z)
+    return torch.where(desirable, desirable_weight * gain.neg().sigmoid(), undesirable_weight * gain.sigmoid())
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x < 0, finite and precise up to 0 (Maechler 2012): the log of "not this token"."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny ** 0.5)

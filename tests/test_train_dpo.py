@@ -16,7 +16,7 @@ from data.chat import render
 from data.tokenizer import BPETokenizer, load_tokenizer
 from model import CausalLM, ModelConfig
 from stages import assert_same_run, kill_at_random_moments, losses, rows, run_stage
-from train_dpo import Args, log1mexp, main, preference_loss
+from train_dpo import Args, kto_loss, log1mexp, main, preference_loss
 
 TINY = {"seq_len": 48, "global_batch_size": 4, "micro_batch_size": 4, "max_steps": 5, "warmup_steps": 0, "log_every": 1,
         "eval_every": 0, "save_every": 0, "device": "cpu", "lr": 1e-3}
@@ -95,6 +95,19 @@ def test_the_gradient_pulls_chosen_up_and_rejected_down():
         preference_loss(chosen, rejected, torch.tensor([-3.0]), torch.tensor([-3.0]), loss_type=loss_type,
                         chosen_lengths=n, rejected_lengths=n)[0].sum().backward()
         assert chosen.grad.item() < 0 < rejected.grad.item(), loss_type
+
+
+@pytest.mark.parametrize("kl, z", [([0.5, 1.0], 0.75), ([-3.0, 1.0], 0.0), ([], 0.0), (0.75, 0.75)], ids=str)
+def test_kto_is_its_formula_for_good_and_bad_answers(kl, z):
+    """1 - s(beta (ratio - z)) if desirable, 1 - s(beta (z - ratio)) if not; z is no part of the gradient."""
+    policy = torch.tensor([-5.0, -7.0], dtype=torch.float64, requires_grad=True)
+    kl = torch.tensor(kl, dtype=torch.float64, requires_grad=True)
+    loss = kto_loss(policy, torch.tensor([-6.0, -6.5]), torch.tensor([True, False]), kl, beta=0.3, desirable_weight=2.0,
+                    undesirable_weight=0.5)
+    expected = [2.0 * (1 - sigmoid(0.3 * (1.0 - z))), 0.5 * (1 - sigmoid(0.3 * (z + 0.5)))]
+    assert loss.tolist() == pytest.approx(expected, abs=1e-9)
+    loss.sum().backward()
+    assert policy.grad[0] < 0 < policy.grad[1] and (kl.grad is None or not kl.grad.any())
 
 
 def test_log1mexp_stays_finite_up_to_zero():
