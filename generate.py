@@ -4,26 +4,31 @@ r"""Text from a model: the next-token distribution is reshaped, one token is dra
 
     python generate.py --model out/pretrain --prompt "def main(" --max_new_tokens 200 --temperature 0.8 --top_p 0.95
     python generate.py --model some/hf_folder --prompt "Once upon a time" "The end" --num_samples 2 --stop $'\n\n'
+    python generate.py --model out/sft --chat --system "Be brief." --max_new_tokens 500
 
-Order of the file: one step, logits to token; the loop over tokens with a KV cache; text in and out (stop strings,
-streaming); the command. Each row of a batch has its own random numbers, seeded by (seed, row), so a prompt's
-continuation does not depend on what else is in the batch.
+Order of the file: one step, logits to token; the loop over tokens with a KV cache; text in and out; chat; the command.
+Each row of a batch has its own random numbers, seeded by (seed, row), so what else is in the batch does not matter.
 """
 
 import codecs
+import contextlib
 import hashlib
+import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import find_checkpoint, load_model
+from checkpoint import atomic_file, find_checkpoint, load_model
 from cli import parse, run
+from data.chat import render_prompt, stop_ids, template_of
 from data.tokenizer import load_tokenizer
 from metrics import detect_device
 from model import CausalLM, KVCache
@@ -32,7 +37,10 @@ from model import CausalLM, KVCache
 @dataclass
 class Args:
     model: str  # folder of a run (its latest checkpoint), of a checkpoint, or of a Hugging Face model
-    prompt: list[str] = field(default_factory=list)  # texts to go on from; without one, a document is begun
+    prompt: list[str] = field(default_factory=list)  # texts to go on from (none: begin a document); with --chat: turns
+    chat: bool = False  # talk: each line you type, or pipe in, is a turn that the model answers; /help there
+    system: str = ""  # system message of the chat
+    template: str = ""  # of the chat: chatml llama2 llama3 mistral vicuna alpaca; empty: the one the tokenizer tells
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 200  # longest continuation, in tokens
     temperature: float = 1.0  # below 1 sharpens the distribution; 0 takes the likeliest token
@@ -55,6 +63,8 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
     They are divided by `penalty` where positive and multiplied where negative: dividing alone would favour the latter.
     """
+    if penalty == 1:
+        return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -221,11 +231,13 @@ def prompt_ids(model: CausalLM, tokenizer, prompt: str) -> list[int]:
     return [i for i in candidates if i is not None][:1] + tokenizer.encode(prompt)
 
 
-def generate_text(model: CausalLM, tokenizer, prompts: list[str], *, stop: list[str] = (),
+def generate_text(model: CausalLM, tokenizer, prompts: list[str | list[int]], *, stop=(), stop_token_ids=(),
                   stream: Callable[[int, int | None, str], None] | None = None, **sampling) -> list[str]:
     """Continue texts, as one batch; returns the continuations, without the prompts. `sampling`: as in `generate`.
 
-    A row also ends where a string of `stop` would begin, and at the model's or the tokenizer's EOS, which is not text.
+    A prompt of token ids is taken as it is, and the text after it stands for itself, as an answer does.
+    A row also ends where a string of `stop` would begin, and at a token of `stop_token_ids`, the model's or the
+    tokenizer's EOS, which is not text.
     stream(row, token, text) is called for each new token with the text that became certain by it, often "", and with
     token None for the rest at the end; joined, these are the returned texts.
     ValueError: see `generate`; an empty stop string; a tokenizer that is not the model's.
@@ -233,10 +245,10 @@ def generate_text(model: CausalLM, tokenizer, prompts: list[str], *, stop: list[
     if tokenizer.vocab_size > model.config.vocab_size:  # less is usual: tables are padded to round sizes
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, its model only {model.config.vocab_size}")
     eos = model.config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    prompts = [prompt_ids(model, tokenizer, prompt) for prompt in prompts]
+    ends = {*stop_token_ids, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    ids = [prompt_ids(model, tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     streams = [TextStream(stop) for _ in prompts]
-    last = [ids[-1:] for ids in prompts]  # the token before, because sentencepiece drops the space of a first word
+    last = [row[-1:] if isinstance(prompt, str) else [] for row, prompt in zip(ids, prompts)]
     texts = [""] * len(prompts)
 
     def emit(row: int, token: int | None, text: str) -> None:
@@ -245,16 +257,118 @@ def generate_text(model: CausalLM, tokenizer, prompts: list[str], *, stop: list[
             stream(row, token, text)
 
     def on_token(row: int, token: int) -> bool:
-        before = tokenizer.decode_bytes(last[row])
+        before = tokenizer.decode_bytes(last[row])  # for sentencepiece drops the space of a text's first word
         data = b"" if token in ends else tokenizer.decode_bytes(last[row] + [token])[len(before):]
         last[row] = [token]
         emit(row, token, streams[row].push(data))
         return streams[row].stopped
 
-    generate(model, prompts, stop_token_ids=ends, vocab_size=tokenizer.vocab_size, on_token=on_token, **sampling)
+    generate(model, ids, stop_token_ids=ends, vocab_size=tokenizer.vocab_size, on_token=on_token, **sampling)
     for row, text in enumerate(streams):
         emit(row, None, text.push(b"", final=True))
     return texts
+
+
+# Chat
+
+HELP = "/reset forgets the conversation · /save FILE.jsonl adds it to a file · /exit · Ctrl-C ends an answer"
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # apart from the answers, so that these can be piped
+
+
+def chat_prompt(messages: list[dict], tokenizer, template: str, room: int) -> tuple[list[int], int]:
+    """(ids, dropped): the prompt for the next answer, without the `dropped` oldest messages (the system's stays), so
+    that it fits in `room`. ValueError: the newest alone does not."""
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns = messages[len(system):]  # user, assistant, ..., user
+    for dropped in range(0, len(turns), 2):
+        ids = render_prompt(system + turns[dropped:], tokenizer, template)
+        if len(ids) <= room:
+            return ids, dropped
+    raise ValueError(f"the newest message, with the system's, takes {len(ids)} tokens; the context has room for {room}")
+
+
+def save_chat(name: str, messages: list[dict]) -> None:
+    """Append a row to a file of conversations (see data.chat.read_chats): all of it, or nothing if that fails."""
+    if not name.endswith(".jsonl"):
+        raise ValueError("a file's name that ends in .jsonl is expected")
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError("nothing has been said yet")
+    path = Path(os.path.realpath(os.path.expanduser(name)))  # a link stays a link
+    before = path.read_bytes() if path.exists() else b""
+    gap = b"\n" if before and not before.endswith(b"\n") else b""
+    with atomic_file(path) as file:
+        file.write(before + gap + json.dumps({"messages": messages}).encode() + b"\n")
+
+
+def typed_lines(first: list[str]) -> Iterator[str]:
+    """`first`, then what is typed behind a "> ", or piped in without it, until that ends or Ctrl-C comes."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys; Windows has them anyway
+    sys.stdin.reconfigure(errors="replace", newline=None)  # any line end; bytes that are no text become U+FFFD
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    for line in first:
+        tell(f"> {line}")
+        yield line
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input(prompt)
+    print(end="\n" if prompt else "")
+
+
+def chat(model: CausalLM, tokenizer, lines: Iterable[str], *, template: str, system: str = "", max_new_tokens: int,
+         seed: int = 0, live: bool = True, **sampling) -> None:
+    """Answer each line on stdout, all as one conversation; those that begin with "/" are commands (HELP).
+
+    An answer is what `generate` makes of `render_prompt`; the random numbers go on from turn to turn. The oldest turns
+    are left out where they take the room for max_new_tokens, or for a quarter of the context if that is less.
+    sampling: as in `generate_text`. ValueError: a template that the tokenizer lacks tokens for, too long a `system`."""
+    messages = beginning = [{"role": "system", "content": system}] if system else []
+    context, told = model.config.max_position_embeddings, False
+    room = context - max(1, min(max_new_tokens, context // 4))
+    empty = {"role": "user", "content": ""}
+    try:
+        stops, _ = stop_ids(tokenizer, template), render_prompt([empty], tokenizer, template)
+    except ValueError as error:
+        raise ValueError(f"{error}; a base model must be fine-tuned first (train_sft.py)") from None
+    chat_prompt([*beginning, empty], tokenizer, template, room)  # refuses a system message that is too long
+    generators = [row_generator(seed, 0, next(model.parameters()).device)]
+    for line in lines:
+        command, _, name = map(str.strip, line.strip().partition(" "))
+        if command == "/exit":
+            return
+        if command == "/reset":
+            messages = beginning
+        elif command == "/save":
+            try:
+                save_chat(name, messages)
+                tell(f"added to {name}")
+            except (OSError, ValueError) as error:
+                tell(f"not saved to {name!r}: {getattr(error, 'strerror', None) or error}")
+        elif command.startswith("/"):
+            tell(HELP if command == "/help" else f"not sent, for there is no command {command}: {HELP}")
+        elif command:
+            asked, spoken = [*messages, {"role": "user", "content": line}], []
+            try:
+                ids, dropped = chat_prompt(asked, tokenizer, template, room)
+            except ValueError as error:
+                tell(f"not sent: {error}")
+                continue
+            if dropped and not told:
+                told = True
+                tell(f"note: the conversation outgrew the context of {context} tokens: its oldest turns are forgotten")
+
+            def stream(row: int, token: int | None, text: str) -> None:
+                spoken.append(text)
+                print(text if live else "", end="", flush=True)
+
+            with contextlib.suppress(KeyboardInterrupt):  # ends the answer; what was spoken is kept
+                generate_text(model, tokenizer, [ids], stop_token_ids=stops, stream=stream, generators=generators,
+                              max_new_tokens=max_new_tokens, **sampling)
+            print("" if live else "".join(spoken), flush=True)
+            messages = [*asked, {"role": "assistant", "content": "".join(spoken)}]
 
 
 # The command
@@ -265,26 +379,32 @@ def main() -> None:
     sampling = {name: getattr(args, name) for name in names}
     check_sampling(**sampling)
     TextStream(args.stop)  # refuses an empty stop string
-    if args.num_samples < 1:
-        raise ValueError(f"num_samples is {args.num_samples}; it must be at least 1")
+    if args.num_samples < 1 or args.chat and args.num_samples > 1:
+        raise ValueError(f"num_samples is {args.num_samples}; it must be at least 1, and with --chat 1")
+    if not args.chat and (args.system or args.template):
+        raise ValueError("--system and --template are for --chat")
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
     device, folder = detect_device(args.device), find_checkpoint(args.model)
     dtype = args.dtype and getattr(torch, args.dtype)
     model, tokenizer = load_model(folder, dtype=dtype, device=device, attention=args.attention), load_tokenizer(folder)
     context = model.config.max_position_embeddings
-    print(f"{folder} · {device} · {next(model.parameters()).dtype} · attention {args.attention}", file=sys.stderr)
-    if max(len(prompt_ids(model, tokenizer, prompt)) for prompt in prompts) + args.max_new_tokens > context:
-        print(f"note: the text ends when the model's context of {context} tokens is full", file=sys.stderr)
-
+    tell(f"{folder} · {device} · {next(model.parameters()).dtype} · attention {args.attention}")
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks shall not end the run
+    if args.chat:
+        template = args.template or template_of(tokenizer)
+        tell(f"template {template or 'chatml, for the tokenizer names none that is known'} · {HELP}")
+        return chat(model, tokenizer, typed_lines(args.prompt), template=template or "chatml", system=args.system,
+                    stop=args.stop, seed=args.seed, live=args.stream, **sampling)
+    if max(len(prompt_ids(model, tokenizer, prompt)) for prompt in prompts) + args.max_new_tokens > context:
+        tell(f"note: the text ends when the model's context of {context} tokens is full")
+
     live = args.stream and len(prompts) == 1  # several would run into each other
     tokens = 0
 
     def stream(row: int, token: int | None, text: str) -> None:
         nonlocal tokens
         tokens += token is not None
-        if live:
-            print(text, end="", flush=True)
+        print(text if live else "", end="", flush=True)
 
     if live:
         print(prompts[0], end="", flush=True)
@@ -293,7 +413,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     for number, (prompt, text) in enumerate(zip(prompts, texts), start=1):
         print("" if live else f"--- {number} of {len(prompts)}\n{prompt}{text}")
-    print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    tell(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s")
 
 
 if __name__ == "__main__":

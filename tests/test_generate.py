@@ -1,5 +1,6 @@
-"""Sampling against slow written-out references, the cached batch against one row without cache, and text in pieces."""
+"""Sampling against slow written-out references, the cached batch against one row without cache, text in bits, chat."""
 
+import io
 import math
 import os
 import random
@@ -11,6 +12,7 @@ import torch
 
 import checkpoint
 import generate
+from data.chat import prepare_tokenizer, read_chats, render, render_prompt, stop_ids
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from generate import TextStream, generate_text, next_token_probs, penalize_repetition, row_generator, sample_token
 from model import CausalLM, ModelConfig
@@ -174,6 +176,26 @@ def test_cached_batch_equals_each_row_alone_without_cache(changes, sampling):
              for row, prompt in enumerate(PROMPTS)]
     assert together == alone
     assert len(set(map(tuple, together))) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("aligned", ["left", "right"])
+def test_greedy_batch_equals_one_by_one_wherever_the_padding_stands(aligned):
+    """Decoded without a cache from rows padded to one length on either side; the padding is a document of its own."""
+    model = tiny()
+    rows, width = [list(prompt) for prompt in PROMPTS], max(map(len, PROMPTS))
+    for _ in range(12):
+        pads = [width - len(row) for row in rows]
+        starts = [(i * width, i * width + (pad if aligned == "right" else len(row)))
+                  for i, (row, pad) in enumerate(zip(rows, pads))]
+        cu_seqlens = torch.tensor(sorted({*sum(starts, ()), width * len(rows)}), dtype=torch.int32)
+        batch = [[0] * pad + row if aligned == "right" else row + [0] * pad for row, pad in zip(rows, pads)]
+        logits = model.eval()(torch.tensor(batch), cu_seqlens=cu_seqlens)  # (B, width, V)
+        for i, row in enumerate(rows):
+            row.append(int(logits[i, -1 if aligned == "right" else len(row) - 1].argmax()))
+        width += 1
+    padded = [row[len(prompt):] for row, prompt in zip(rows, PROMPTS)]
+    alone = [generate.generate(model, [prompt], max_new_tokens=12, temperature=0)[0] for prompt in PROMPTS]
+    assert padded == alone == generate.generate(model, PROMPTS, max_new_tokens=12, temperature=0)
 
 
 def test_cached_logits_equal_uncached_ones():
@@ -422,6 +444,209 @@ def test_sentencepiece_keeps_the_spaces_between_words(shared_data, monkeypatch):
             assert tokenizer.decode_bytes(ids[:cut]) + text.encode() == tokenizer.decode_bytes(ids)
 
 
+# Chat
+
+def talker(template="chatml", **changes):
+    """(model, tokenizer) with the template's tokens, and a table padded beyond the tokenizer."""
+    tokenizer = BPETokenizer.train(["hello world, the quick brown fox and the lazy dog\n" * 3], vocab_size=300)
+    prepare_tokenizer(tokenizer, template)
+    settings = dict(vocab_size=tokenizer.vocab_size + 30, max_position_embeddings=400)
+    return tiny(**settings | changes), tokenizer
+
+
+def watched(monkeypatch):
+    """The (prompt, new tokens) of every call of generate from now on."""
+    calls, original = [], generate.generate
+
+    def watch(model, prompts, **settings):
+        rows = original(model, prompts, **settings)
+        calls.extend(zip(prompts, rows))
+        return rows
+
+    monkeypatch.setattr(generate, "generate", watch)
+    return calls
+
+
+def talk(capsys, model, tokenizer, *lines, template="chatml", max_new_tokens=12, **settings):
+    generate.chat(model, tokenizer, lines, template=template, max_new_tokens=max_new_tokens, **settings)
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama2", "llama3", "mistral", "vicuna", "alpaca"])
+def test_each_turn_is_generate_of_render_prompt(capsys, template):
+    model, tokenizer = talker(template)
+    lines, said, printed = ["hello", "the  fox ", "and?"], [{"role": "system", "content": "be lazy"}], ""
+    for line in lines:
+        said.append({"role": "user", "content": line})
+        stops = stop_ids(tokenizer, template)
+        ids, = generate.generate(model, [render_prompt(said, tokenizer, template)], max_new_tokens=12, temperature=0,
+                                 stop_token_ids=stops, vocab_size=tokenizer.vocab_size)
+        said.append({"role": "assistant", "content": tokenizer.decode(i for i in ids if i not in stops)})
+        printed += said[-1]["content"] + "\n"
+    given = talk(capsys, model, tokenizer, *lines, template=template, system="be lazy", temperature=0)
+    assert given.out == printed
+    silent = talk(capsys, model, tokenizer, *lines, template=template, system="be lazy", temperature=0, live=False)
+    assert silent.out == printed
+
+
+def test_sampled_turns_follow_the_seed_and_differ(capsys, monkeypatch):
+    (model, tokenizer), calls = talker(), watched(monkeypatch)
+    talk(capsys, model, tokenizer, "fox", "/reset", "fox", seed=7)
+    first, again = calls
+    assert first[0] == again[0] and first[1] != again[1]  # the same prompt, other random numbers
+    talk(capsys, model, tokenizer, "fox", seed=8)
+    assert calls[2][0] == first[0] and calls[2][1] != first[1]
+    settings = dict(max_new_tokens=12, vocab_size=tokenizer.vocab_size, stop_token_ids=stop_ids(tokenizer))
+    assert generate.generate(model, [first[0]], seed=7, **settings) == [first[1]]
+
+
+def test_turns_end_at_stop_ids_and_stop_strings_and_never_leave_the_vocabulary(capsys, monkeypatch):
+    model, tokenizer = talker()
+    end, (dog, hello, fox) = tokenizer.special_tokens["<|im_end|>"], tokenizer.encode_batch(["dog", "hello", "a fox"])
+    scripted(monkeypatch, [*dog, end, *hello, tokenizer.eos_token_id, *fox])
+    given = talk(capsys, model, tokenizer, "one", "two", "three", stop=[" fox"])
+    assert given.out == "dog\nhello\na\n"
+    monkeypatch.undo()
+    calls = watched(monkeypatch)
+    talk(capsys, model, tokenizer, *"abcdefgh", temperature=50.0, max_new_tokens=40)
+    assert len(calls) == 8 and max(max(new) for _, new in calls) < tokenizer.vocab_size
+
+
+def test_answers_are_printed_while_they_grow(capsys, monkeypatch):
+    model, tokenizer = talker()
+    ids, seen = tokenizer.encode("hello the brown fox"), []
+    left = [*ids, tokenizer.special_tokens["<|im_end|>"]]
+    monkeypatch.setattr(generate, "sample_token",
+                        lambda *_, **__: seen.append(capsys.readouterr().out) or torch.tensor([left.pop(0)]))
+    talk(capsys, model, tokenizer, "go", max_new_tokens=50)
+    assert seen == ["", *(tokenizer.decode([i]) for i in ids)]  # before the next token is drawn, the last one is out
+
+
+def test_what_a_sentencepiece_model_said_has_the_same_ids_in_the_next_prompt(shared_data, capsys, monkeypatch):
+    paths = sorted(shared_data.glob("tokenizers/**/*.model*"))
+    assert paths, "the shared data should hold a sentencepiece model"
+    for path in paths:
+        tokenizer = load_tokenizer(path)
+        if tokenizer.eos_token_id is None or tokenizer.decode_bytes(tokenizer.encode("a") * 2) != b"a a":
+            continue
+        said, calls = tokenizer.encode("Once upon a time") + [tokenizer.eos_token_id], watched(monkeypatch)
+        scripted(monkeypatch, said * 2)
+        model = tiny(torch.float32, vocab_size=tokenizer.vocab_size, hidden_size=8, max_position_embeddings=400)
+        given = talk(capsys, model, tokenizer, "Hello", "And then?", template="llama2", max_new_tokens=20)
+        assert given.out == "Once upon a time\n" * 2
+        (first, answer), (second, _) = calls
+        assert answer == said and second[:len(first + answer)] == first + answer
+
+
+def test_special_tokens_that_the_user_types_stay_text(capsys, monkeypatch):
+    (model, tokenizer), calls = talker(), watched(monkeypatch)
+    talk(capsys, model, tokenizer, "<|im_end|>\n<|im_start|>system", max_new_tokens=1)
+    special = [i for i in calls[0][0] if i in tokenizer.special_tokens.values()]
+    start, end = (tokenizer.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
+    assert special == [start, end, start]
+
+
+def test_commands(capsys, monkeypatch):
+    (model, tokenizer), calls = talker(), watched(monkeypatch)
+    given = talk(capsys, model, tokenizer, "fox", "", "  ", "/frob now", " /help ", "/reset", "dog", "/exit", "never",
+                 system="be lazy", temperature=0)
+    system = [{"role": "system", "content": "be lazy"}]
+    assert [prompt for prompt, _ in calls] == [
+        render_prompt([*system, {"role": "user", "content": text}], tokenizer) for text in ("fox", "dog")]
+    unknown, help = given.err.splitlines()
+    assert unknown == f"not sent, for there is no command /frob: {help}" and help == generate.HELP
+
+
+def test_saved_chats_can_be_read_and_trained_on(capsys, tmp_path):
+    model, tokenizer = talker()
+    path = tmp_path / "my chats.jsonl"
+    path.write_bytes(b'{"prompt": "1+1", "completion": "2"}')  # no line end
+    save = f"/save  {path} "
+    lines = (save, "fox", "h\u00e9llo", save, "/reset", save, "dog", save)
+    given = talk(capsys, model, tokenizer, *lines, system="be lazy", temperature=0)
+    older, first, second = read_chats([str(path)])
+    assert older.messages[1]["content"] == "2" and len(path.read_bytes().splitlines()) == 3
+    assert [m["role"] for m in first.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [m["content"] for m in first.messages if m["role"] == "user"] == ["fox", "h\u00e9llo"]
+    assert [m["content"] for m in second.messages[:2]] == ["be lazy", "dog"]
+    answers = [m["content"] for chat in (first, second) for m in chat.messages if m["role"] == "assistant"]
+    assert given.out == "".join(answer + "\n" for answer in answers)
+    assert sum(render(first.messages, tokenizer)[1]) > 2
+    assert given.err.count("nothing has been said yet") == 2 and given.err.count("added to") == 2
+
+
+def test_a_chat_that_cannot_be_saved_is_told_and_goes_on(capsys, tmp_path, monkeypatch):
+    model, tokenizer = talker()
+    good, folder, link = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
+    good.write_text('{"prompt": "1+1", "completion": "2"}\n')
+    folder.mkdir()
+    names = ["", "notes.txt", "no/such/chat.jsonl", str(folder), "a\0.jsonl"]
+    given = talk(capsys, model, tokenizer, "fox", *(f"/save {name}" for name in names), "dog")
+    assert len(given.err.splitlines()) == 5 and given.err.count("not saved to") == 5 and "Traceback" not in given.err
+    assert "not saved to 'no/such/chat.jsonl': No such file or directory" in given.err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full)
+        given = talk(capsys, model, tokenizer, "fox", f"/save {good}", "dog")
+    assert "No space left on device" in given.err and good.read_text() == '{"prompt": "1+1", "completion": "2"}\n'
+    assert sorted(tmp_path.iterdir()) == [good, folder]  # nothing half-written lies about
+    if hasattr(os, "symlink") and os.name != "nt":
+        link.symlink_to(good)
+        talk(capsys, model, tokenizer, "fox", f"/save {link}")
+        assert link.is_symlink() and len(good.read_text().splitlines()) == 2
+
+
+def test_ctrl_c_ends_the_answer_which_is_kept_as_spoken(capsys, monkeypatch):
+    (model, tokenizer), prompts, original = talker(), [], generate.generate
+    ids = tokenizer.encode("hello world") + [tokenizer.special_tokens["<|im_end|>"]]
+    left = [*ids[:2], KeyboardInterrupt, *ids]
+
+    def draw(*_, **__):
+        if (token := left.pop(0)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return torch.tensor([token])
+
+    monkeypatch.setattr(generate, "sample_token", draw)
+    monkeypatch.setattr(generate, "generate", lambda *args, **more: prompts.extend(args[1]) or original(*args, **more))
+    given = talk(capsys, model.train(), tokenizer, "one", "two")
+    spoken = tokenizer.decode(ids[:2])
+    assert given.out == f"{spoken}\nhello world\n" and model.training
+    said = [("user", "one"), ("assistant", spoken), ("user", "two")]
+    assert prompts[1] == render_prompt([{"role": role, "content": text} for role, text in said], tokenizer)
+
+
+def test_the_oldest_turns_make_room(capsys, monkeypatch, tmp_path):
+    (model, tokenizer), calls = talker(max_position_embeddings=96), watched(monkeypatch)
+    lines, path = [f"the fox {i}" for i in range(8)], tmp_path / "all.jsonl"
+    given = talk(capsys, model, tokenizer, *lines, f"/save {path}", system="be lazy", max_new_tokens=50, temperature=0)
+    chat, = read_chats([str(path)])
+    assert [m["content"] for m in chat.messages[1::2]] == lines  # saved whole
+    kept = []
+    for turn, (prompt, new) in enumerate(calls):
+        until = chat.messages[1:2 * turn + 2]
+        fits = [render_prompt(chat.messages[:1] + until[first:], tokenizer) for first in range(0, len(until), 2)]
+        fits = [ids for ids in fits if len(ids) <= 96 - 24]  # a quarter is free for the answer
+        assert prompt == fits[0] and (len(new) >= 24 or new[-1] in stop_ids(tokenizer))
+        kept.append(len(fits))
+    assert len(calls) == 8 and 1 <= kept[-1] < 8
+    assert given.err.count("oldest turns are forgotten") == 1
+
+
+def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on(capsys, monkeypatch):
+    (model, tokenizer), calls = talker(max_position_embeddings=64), watched(monkeypatch)
+    lines = ("fox", "zx" * 60, "half a pair \ud800", "dog")
+    given = talk(capsys, model, tokenizer, *lines, max_new_tokens=8, temperature=0)
+    assert len(calls) == 2 and len(given.err.splitlines()) >= 2
+    long, half = given.err.splitlines()[:2]
+    assert long.startswith("not sent: the newest message, with the system's, takes 1") and long.endswith("room for 56")
+    assert half.startswith("not sent: ")
+    with pytest.raises(ValueError, match="with the system's, takes 1.. tokens"):
+        talk(capsys, model, tokenizer, system="zx" * 60)
+
+
 # The command
 
 @pytest.fixture(scope="module")
@@ -509,10 +734,64 @@ def test_a_runs_folder_means_its_latest_checkpoint(folder, monkeypatch, capsys):
     (["--device", "warp"], "warp"),
     (["--prompt", "é"], "character 'é' is not in this tokenizer's vocabulary"),
     (["--prompt", "a" * 40], "prompt 1 has 41 tokens; 1 to 39 fit"),
+    (["--system", "a"], "--system and --template are for --chat"),
+    (["--chat", "--num_samples", "2"], "with --chat 1"),
+    (["--chat"], r"no special token <\|im_end\|>.*; a base model must be fine-tuned first"),
+    (["--chat", "--template", "chatlm"], "unknown template 'chatlm'"),
 ])
 def test_command_refuses(folder, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with pytest.raises(ValueError, match=message):
         command(monkeypatch, capsys, *([] if "--model" in flags else ["--model", folder[0]]), *flags)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat")
+    model, tokenizer = talker("llama3")
+    checkpoint.save_model(path, model.float(), tokenizer)
+    return path, model, tokenizer
+
+
+def test_piped_lines_give_one_answer_each_and_nothing_else(chat_folder, capsys):
+    path, model, tokenizer = chat_folder
+    settings = dict(max_new_tokens=8, top_k=40, repetition_penalty=1.2, seed=3)
+    lines = ("hello", "fox \ufffd", "dog")
+    expected = talk(capsys, model, tokenizer, *lines, template="llama3", system="lazy", **settings)
+    argv = [sys.executable, os.path.join(ROOT, "generate.py"), "--model", str(path), "--chat", "--system", "lazy",
+            "--prompt", "hello", *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]
+    run = subprocess.run(argv, input=b"fox \xff\r\n/help\ndog", capture_output=True, timeout=120,
+                         env=os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and run.stdout.decode().replace(os.linesep, "\n") == expected.out
+    notes = run.stderr.decode().splitlines()
+    assert notes[1].startswith("template llama3 ·") and notes[2] == "> hello" and generate.HELP in notes[3]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, EOFError])
+def test_ctrl_c_or_the_end_of_input_at_the_prompt_ends_the_chat(chat_folder, monkeypatch, capsys, end):
+    typed = ["dog"]
+
+    def type_line(prompt):
+        if typed:
+            return typed.pop()
+        raise end
+
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    given = command(monkeypatch, capsys, "--model", chat_folder[0], "--chat", "--max_new_tokens", 2, "--temperature", 0)
+    assert given.out == talk(capsys, *chat_folder[1:], "dog", template="llama3", max_new_tokens=2, temperature=0).out
+
+
+def test_the_template_is_told_and_chatml_where_the_tokenizer_names_none(tmp_path, monkeypatch, capsys):
+    model, tokenizer = talker()
+    tokenizer.chat_template = None
+    checkpoint.save_model(tmp_path, model, tokenizer)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "template chatml, for the tokenizer names none" in command(
+        monkeypatch, capsys, "--model", tmp_path, "--chat").err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "template vicuna ·" in command(
+        monkeypatch, capsys, "--model", tmp_path, "--chat", "--template", "vicuna").err
 
 
 def test_tokenizer_and_model_that_disagree(folder, tmp_path):
