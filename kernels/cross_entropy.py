@@ -10,7 +10,8 @@ the gradients of hidden and weight. So the gradients exist before backward begin
 gradient of the loss: three matmuls in all, as without chunks. Keeping lse alone and computing the logits again in
 backward would need no room between the passes, but a fourth matmul: 4/3 of the time. Chunks are as large as half a GB
 of 16-bit logits allows, at least 2048 tokens: each adds to the whole weight gradient, 8 bytes read and written per
-6 * chunk FLOPs, which a chunk of 512 tokens does not hide.
+6 * chunk FLOPs, which a chunk of 512 tokens does not hide. What is left in memory is the weight gradient's sum, 4 bytes
+per weight (2 with sum_dtype=torch.bfloat16 for a bf16 weight), hidden's gradient and one chunk.
 
     python kernels/cross_entropy.py           checks against the reference in float64; on a GPU, times too
     python kernels/cross_entropy.py --tune    on a GPU: prints CONFIGS anew
@@ -83,28 +84,29 @@ def token_count(target: Tensor, ignore_index: int, num_tokens, token_weight, dty
     elif not torch.is_tensor(num_tokens):
         num_tokens = torch.full((), num_tokens, dtype=dtype, device=target.device)  # filled there: nothing is copied
     num_tokens = num_tokens.to(target.device, dtype).reshape(())
-    return torch.where(num_tokens > 0, num_tokens, 1.0)  # nothing counted: the sum is 0, and so is the loss
+    return num_tokens + (num_tokens == 0)  # nothing counted: the sum is 0, and so is the loss
 
 
-# ---- the kernels: one program per row of V logits
+# ---- the kernels: one program per row of V logits. Of a row, `width` >= V may be read and written: where it is a
+# multiple of 16 and V is odd, masks by width leave 16-byte accesses, while masks by V would make them 2 bytes wide.
 
 @jit
-def load_logits(row_ptr, columns, V, softcap, SOFTCAP: tl.constexpr):
-    """Soft-capped logits in fp32. tanh by exp: libdevice's is absent from the interpreter."""
-    z = tl.load(row_ptr + columns, mask=(columns >= 0) & (columns < V), other=0.0).to(tl.float32)
+def soft_cap(z, softcap, SOFTCAP: tl.constexpr):
+    """softcap * tanh(z / softcap), by exp: libdevice's tanh is absent from the interpreter."""
     if SOFTCAP:
         z = softcap * (2.0 / (1.0 + tl.exp(-2.0 * z / softcap)) - 1.0)
     return z
 
 
 @jit
-def log_sum_exp(row_ptr, V, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+def log_sum_exp(row_ptr, V, width, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
     """Online softmax: when the running maximum rises, the sums so far shrink. Lanes are summed once, at the end."""
     maximum = tl.full((), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = tl.where(columns < V, load_logits(row_ptr, columns, V, softcap, SOFTCAP), float("-inf"))
+        z = tl.load(row_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+        z = tl.where(columns < V, soft_cap(z, softcap, SOFTCAP), float("-inf"))
         new = tl.maximum(maximum, tl.max(z, 0))
         base = tl.where(new == float("-inf"), 0.0, new)  # all masked so far: -inf - -inf would be NaN
         sums = sums * tl.exp(maximum - base) + tl.exp(z - base)
@@ -113,28 +115,30 @@ def log_sum_exp(row_ptr, V, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @jit
-def store_gradient(from_ptr, to_ptr, V, target, factor, lse, softcap, z_loss, SOFTCAP: tl.constexpr,
+def store_gradient(from_ptr, to_ptr, V, width, target, factor, lse, softcap, z_loss, SOFTCAP: tl.constexpr,
                    BLOCK: tl.constexpr):
     """factor * dloss/dlogits of one row. The pointers may be equal: each block is read before it is written."""
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = load_logits(from_ptr, columns, V, softcap, SOFTCAP)
+        z = tl.load(from_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+        z = soft_cap(z, softcap, SOFTCAP)
         gradient = tl.exp(z - lse) * (1.0 + 2.0 * z_loss * lse) - tl.where(columns == target, 1.0, 0.0)
         if SOFTCAP:
             gradient = gradient * (1.0 - (z / softcap) * (z / softcap))  # the derivative of tanh
-        tl.store(to_ptr + columns, (gradient * factor).to(to_ptr.dtype.element_ty), mask=columns < V)
+        tl.store(to_ptr + columns, (gradient * factor).to(to_ptr.dtype.element_ty), mask=columns < width)
 
 
 @jit
-def store_zeros(row_ptr, V, BLOCK: tl.constexpr):
-    for start in range(0, V, BLOCK):
+def store_zeros(row_ptr, width, BLOCK: tl.constexpr):
+    for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        tl.store(row_ptr + columns, tl.zeros((BLOCK,), row_ptr.dtype.element_ty), mask=columns < V)
+        tl.store(row_ptr + columns, tl.zeros((BLOCK,), row_ptr.dtype.element_ty), mask=columns < width)
 
 
 @jit
-def loss_kernel(logits_ptr, target_ptr, factor_ptr, loss_ptr, lse_ptr, row_stride, V, ignore_index, softcap, z_loss,
-                WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def loss_kernel(logits_ptr, target_ptr, factor_ptr, loss_ptr, lse_ptr, row_stride, V, width, ignore_index, softcap,
+                z_loss, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
+                BLOCK: tl.constexpr):
     """Loss and lse of a row; with GRADIENT its logits are overwritten by the loss's gradient to them."""
     row = tl.program_id(0).to(tl.int64)  # rows * V passes 2^31
     logits_ptr += row * row_stride
@@ -143,32 +147,34 @@ def loss_kernel(logits_ptr, target_ptr, factor_ptr, loss_ptr, lse_ptr, row_strid
         tl.store(loss_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
         if GRADIENT:
-            store_zeros(logits_ptr, V, BLOCK)
+            store_zeros(logits_ptr, width, BLOCK)
         return
     valid = (target >= 0) & (target < V)
     factor = tl.where(valid, 1.0, float("nan"))  # out of range: a NaN that is seen, not a stray read
     if WEIGHTED:
         factor *= tl.load(factor_ptr + row)
-    label_logit = load_logits(logits_ptr, target, V, softcap, SOFTCAP)  # read before it is overwritten
-    lse = log_sum_exp(logits_ptr, V, softcap, SOFTCAP, BLOCK)
+    label_logit = tl.load(logits_ptr + target, mask=valid, other=0.0).to(tl.float32)  # before it is overwritten
+    label_logit = soft_cap(label_logit, softcap, SOFTCAP)
+    lse = log_sum_exp(logits_ptr, V, width, softcap, SOFTCAP, BLOCK)
     tl.store(loss_ptr + row, factor * (lse - label_logit + z_loss * lse * lse))
     tl.store(lse_ptr + row, lse)
     if GRADIENT:
-        store_gradient(logits_ptr, logits_ptr, V, target, factor, lse, softcap, z_loss, SOFTCAP, BLOCK)
+        store_gradient(logits_ptr, logits_ptr, V, width, target, factor, lse, softcap, z_loss, SOFTCAP, BLOCK)
 
 
 @jit
-def gradient_kernel(logits_ptr, gradient_ptr, target_ptr, factor_ptr, lse_ptr, row_stride, V, ignore_index, softcap,
-                    z_loss, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+def gradient_kernel(logits_ptr, gradient_ptr, target_ptr, factor_ptr, lse_ptr, row_stride, V, width, ignore_index,
+                    softcap, z_loss, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
     """The backward of cross_entropy: factor is the gradient of the row's loss; gradient (rows, V) is contiguous."""
     row = tl.program_id(0).to(tl.int64)
     gradient_ptr += row * V
     target = tl.load(target_ptr + row)
     if target == ignore_index:
-        store_zeros(gradient_ptr, V, BLOCK)
+        store_zeros(gradient_ptr, width, BLOCK)
         return
     factor, lse = tl.load(factor_ptr + row), tl.load(lse_ptr + row)
-    store_gradient(logits_ptr + row * row_stride, gradient_ptr, V, target, factor, lse, softcap, z_loss, SOFTCAP, BLOCK)
+    store_gradient(logits_ptr + row * row_stride, gradient_ptr, V, width, target, factor, lse, softcap, z_loss,
+                   SOFTCAP, BLOCK)
 
 
 @jit
@@ -184,8 +190,8 @@ def scale_kernel(tensor_ptr, scale_ptr, size, BLOCK: tl.constexpr):
 INTERPRETED = triton is not None and not isinstance(loss_kernel, triton.runtime.JITFunction)
 
 
-def launch(kernel, tensors: tuple, *arguments, **constants) -> None:
-    """One program per row of tensors[0] (rows, V), whose last dimension must be contiguous."""
+def launch(kernel, tensors: tuple, width: int, *arguments, **constants) -> None:
+    """One program per row of tensors[0] (rows, V), whose last dimension must be contiguous; width: see above."""
     logits = tensors[0]
     rows, V = logits.shape
     if rows == 0:
@@ -193,7 +199,7 @@ def launch(kernel, tensors: tuple, *arguments, **constants) -> None:
     arch = torch.cuda.get_device_capability(logits.device)[0] if logits.is_cuda and not torch.version.hip else "other"
     block, warps = CONFIGS.get(arch, CONFIGS["other"])
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
-        kernel[(rows,)](*tensors, logits.stride(0), V, *arguments, **constants,
+        kernel[(rows,)](*tensors, logits.stride(0), V, width, *arguments, **constants,
                         BLOCK=min(block, triton.next_power_of_2(V)), num_warps=warps)
 
 
@@ -206,7 +212,7 @@ def cross_entropy_op(logits, target, ignore_index, softcap, z_loss):
     """logits (M, V), target (M,) -> loss and lse, both (M,) fp32; softcap 0: none."""
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     lse = torch.empty_like(loss)
-    launch(loss_kernel, (logits, target, loss, loss, lse), ignore_index, softcap, z_loss,
+    launch(loss_kernel, (logits, target, loss, loss, lse), logits.shape[1], ignore_index, softcap, z_loss,
            WEIGHTED=False, SOFTCAP=softcap != 0, GRADIENT=False)
     return loss, lse
 
@@ -223,8 +229,8 @@ def _(logits, target, ignore_index, softcap, z_loss):
 def cross_entropy_backward_op(grad_loss, logits, target, lse, ignore_index, softcap, z_loss):
     """grad_loss (M,) fp32 -> the gradient of the logits (M, V), contiguous, in their dtype."""
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    launch(gradient_kernel, (logits, gradient, target, grad_loss.contiguous(), lse), ignore_index, softcap, z_loss,
-           SOFTCAP=softcap != 0)
+    launch(gradient_kernel, (logits, gradient, target, grad_loss.contiguous(), lse), logits.shape[1], ignore_index,
+           softcap, z_loss, SOFTCAP=softcap != 0)
     return gradient
 
 
@@ -267,7 +273,7 @@ def linear_cross_entropy_op(hidden, weight, target, factor, ignore_index, softca
     rows = triton.cdiv(triton.cdiv(M, max(1, triton.cdiv(M, chunk_size))), 128) * 128  # chunks of one size, about
     loss = hidden.new_empty(M, dtype=torch.float32)
     lse = torch.empty_like(loss)
-    buffer = hidden.new_empty(min(rows, M), triton.cdiv(V, 64) * 64, dtype=dtype)  # an odd V would slow cuBLAS down
+    buffer = hidden.new_empty(min(rows, M), triton.cdiv(V, 64) * 64, dtype=dtype)  # odd rows are slow in cuBLAS
     grad_hidden = hidden.new_empty((M, H) if hidden_gradient else 0)
     grad_dtype = weight_gradient_dtype(weight)
     sums = loss.new_empty((V, H) if weight_gradient else 0, dtype=grad_dtype if M <= rows else sum_dtype)
@@ -279,7 +285,7 @@ def linear_cross_entropy_op(hidden, weight, target, factor, ignore_index, softca
         logits = buffer[:len(x), :V]
         torch.mm(x, narrow_weight.t(), out=logits)  # (C, V)
         launch(loss_kernel, (logits, target[here], loss if factor is None else factor[here], loss[here], lse[here]),
-               ignore_index, softcap, z_loss, WEIGHTED=factor is not None, SOFTCAP=softcap != 0,
+               buffer.shape[1], ignore_index, softcap, z_loss, WEIGHTED=factor is not None, SOFTCAP=softcap != 0,
                GRADIENT=hidden_gradient or weight_gradient)  # logits now hold their gradient
         if hidden_gradient and hidden.dtype == dtype:
             torch.mm(logits, narrow_weight, out=grad_hidden[here])
@@ -287,6 +293,7 @@ def linear_cross_entropy_op(hidden, weight, target, factor, ignore_index, softca
             grad_hidden[here] = torch.mm(logits, narrow_weight)
         if weight_gradient:
             add_product(sums, logits.t(), x, first=start == 0)
+    buffer = logits = None  # freed before the next line may need memory
     return loss.sum(), grad_hidden, sums.to(grad_dtype)
 
 
@@ -541,7 +548,7 @@ def tune(device) -> None:
     for config in [(block, warps) for block in (4096, 8192, 16384, 32768) for warps in (8, 16, 32)]:
         CONFIGS[arch] = config
         times[config] = triton.testing.do_bench(
-            lambda: launch(loss_kernel, (logits, target, loss, loss, lse), -100, 0.0, 0.0,
+            lambda: launch(loss_kernel, (logits, target, loss, loss, lse), 128256, -100, 0.0, 0.0,
                            WEIGHTED=False, SOFTCAP=False, GRADIENT=True), return_mode="median")
         print(f"{config}: {times[config] * 1e3:.0f} us, {3 * logits.nbytes / times[config] / 1e9:.2f} TB/s")
     CONFIGS[arch] = min(times, key=times.get)
