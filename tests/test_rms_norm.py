@@ -95,6 +95,19 @@ def test_half_errs_at_most_twice_as_much_as_torch(shape):
         assert a.dtype == HALF and (a - t).abs().max() <= 2 * (b - t).abs().max() + slack
 
 
+def test_norm_is_that_of_the_rounded_sum():
+    x, residual, weight = (random(*shape, dtype=HALF, seed=i) for i, shape in enumerate(((20, 64), (20, 64), (64,))))
+    y, s = rms_norm(x, weight, residual=residual)
+    assert torch.equal(s, x + residual) and torch.equal(y, rms_norm(x + residual, weight))
+
+
+def test_weight_gradient_adds_up_more_partial_sums_than_a_tile_holds(monkeypatch):
+    monkeypatch.setattr(module, "config", lambda device, block: (4, 4, 70, 1))  # 70 programs on the interpreter
+    inputs = random(71, 2049), random(2049, seed=1)
+    ours = outputs_and_gradients(rms_norm, *inputs)
+    assert_close(ours, outputs_and_gradients(rms_norm_reference, *inputs, dtype=torch.float64), [1e-5, 1e-4, 1e-4])
+
+
 def test_large_and_tiny_rows_do_not_overflow():
     x = torch.tensor([[6e4], [1e-7], [0]], device=DEVICE, dtype=HALF).repeat(1, 64)  # 6e4^2 is infinite in 16 bits
     y, dx, dweight = outputs_and_gradients(rms_norm, x, torch.ones(64, device=DEVICE, dtype=HALF))
