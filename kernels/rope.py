@@ -74,7 +74,8 @@ def token_positions(batch: int, length: int, offset: int | Tensor = 0, cu_seqlen
         raise ValueError("offset and cu_seqlens exclude each other: documents start at position 0")
     if not torch.compiler.is_compiling():  # looks at the values, which waits for the GPU; once per step, not per layer
         ends = (0, batch * length)
-        if cu_seqlens.dim() != 1 or (cu_seqlens[0], cu_seqlens[-1]) != ends or (cu_seqlens.diff() < 0).any():
+        if cu_seqlens.dim() != 1 or not len(cu_seqlens) or (cu_seqlens.diff() < 0).any() or (
+                (cu_seqlens[0], cu_seqlens[-1]) != ends):
             raise ValueError(f"cu_seqlens must increase from 0 to batch * length = {batch * length}")
     token = torch.arange(batch * length, device=cu_seqlens.device)
     start = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]  # of the token's document
@@ -84,7 +85,7 @@ def token_positions(batch: int, length: int, offset: int | Tensor = 0, cu_seqlen
 @jit
 def rotate(x, out, heads, half, token, offset, cos, sin, live, HEADS: tl.constexpr, HALF: tl.constexpr, head_stride):
     """All heads of some tokens: x at offset (TOKENS,) turned by cos, sin (TOKENS, 1, HALF) -> out, contiguous."""
-    head, i = tl.arange(0, HEADS)[None, :, None], tl.arange(0, HALF)[None, None, :]
+    head, i = tl.arange(0, HEADS)[None, :, None].to(tl.int64), tl.arange(0, HALF)[None, None, :]
     mask = live[:, None, None] & (head < heads) & (i < half)  # (TOKENS, HEADS, HALF)
     source = x + offset[:, None, None] + head * head_stride + i
     x1 = tl.load(source, mask=mask, other=0.0).to(tl.float32)

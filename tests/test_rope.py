@@ -86,7 +86,7 @@ def test_token_positions():
     assert token_positions(0, 4).shape == (0, 4) and token_positions(2, 0, cu_seqlens=torch.tensor([0])).shape == (2, 0)
 
 
-@pytest.mark.parametrize("cu_seqlens", [[0, 5, 3, 8], [0, 4], [1, 8], [0, 9], [[0, 8]]], ids=str)
+@pytest.mark.parametrize("cu_seqlens", [[0, 5, 3, 8], [0, 4], [1, 8], [0, 9], [[0, 8]], []], ids=str)
 def test_token_positions_refuses_offsets_that_do_not_increase(cu_seqlens):
     with pytest.raises(ValueError, match="cu_seqlens must increase from 0 to batch \\* length = 8"):
         token_positions(2, 4, cu_seqlens=torch.tensor(cu_seqlens))
@@ -169,8 +169,9 @@ def test_any_strides(view):
     rope = tables(token_positions(1, 5, 3), q.shape[-1])
     truth = outputs_and_gradients(rope_reference, q, k, *(t.double() for t in rope), dtype=torch.float64)
     assert_close(outputs_and_gradients(apply_rope, q, k, *rope), truth)
-    cos, sin = (torch.stack((t, t), dim=-1)[..., 0] for t in rope)  # strided tables, and unlike each other
-    assert_close(outputs_and_gradients(apply_rope, q, k, cos, sin.contiguous()), truth)
+    half = rope[0].shape[-1]
+    for cos in (torch.stack((rope[0],) * 2, dim=-1)[..., 0], torch.cat((rope[0],) * 2, dim=-1)[..., :half]):
+        assert_close(outputs_and_gradients(apply_rope, q, k, cos, rope[1]), truth)  # tables of unlike strides
     batch = [t.expand(2, -1, -1, -1) for t in rope]
     assert_close(outputs_and_gradients(apply_rope, q, k, *batch), truth)
 
