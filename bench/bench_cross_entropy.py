@@ -5,9 +5,9 @@
 
 Every side gets the same tensors in the same run, and must first agree with float64 on a small problem. Times are
 medians between CUDA events, with 10th and 90th percentile; GBs move in each repetition, so the L2 holds nothing of the
-one before. Memory is the peak above what was allocated before the call: gradients count, inputs do not. The floor of head
-and loss is three matmuls at the speed measured here; that of the loss alone, reading the logits twice and writing their
-gradient once at the speed of a copy.
+one before. Memory is the peak above what was allocated before the call: gradients count, inputs do not. The floor of
+head and loss is three matmuls at the speed measured here; that of the loss alone, reading the logits twice and writing
+their gradient once at the speed of a copy.
 """
 
 import argparse

@@ -269,7 +269,7 @@ def linear_cross_entropy_op(hidden, weight, target, factor, ignore_index, softca
     for fp16, where a sum over tokens may overflow before it is divided by their number.
     """
     (M, H), V = hidden.shape, weight.shape[0]
-    narrow_weight = weight.to(dtype)  # under autocast; else the same tensor
+    narrow_weight = weight.to(dtype)  # a copy under autocast; else the same tensor
     rows = triton.cdiv(triton.cdiv(M, max(1, triton.cdiv(M, chunk_size))), 128) * 128  # chunks of one size, about
     loss = hidden.new_empty(M, dtype=torch.float32)
     lse = torch.empty_like(loss)
@@ -302,13 +302,13 @@ def weight_gradient_dtype(weight: Tensor) -> torch.dtype:
 
 
 def add_product(sums: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """sums (V, H) = (0 if first, else sums) + a (V, C) @ b (C, H), the product rounded only after it is added."""
+    """sums (V, H) = (0 if first, else sums) + a (V, C) @ b (C, H), the product unrounded if possible."""
     beta = 0 if first else 1  # 0: cuBLAS does not read sums, which may hold anything
     if sums.dtype == a.dtype:
         torch.addmm(sums, a, b, beta=beta, out=sums)
-    elif a.is_cuda and not torch.version.hip and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10):
+    elif sums.dtype == torch.float32 and a.is_cuda and not torch.version.hip and torch.__version__ >= (2, 10):
         torch.addmm(sums, a, b, out_dtype=torch.float32, beta=beta, out=sums)
-    else:  # no matmul of this PyTorch adds 16-bit products to fp32: each is rounded to 16 bits once, a slice at a time
+    else:  # here no matmul adds 16-bit products to fp32: each is rounded to 16 bits first, a slice of them at a time
         for total, slice_of_a in zip(sums.split(8192), a.split(8192)):
             product = torch.mm(slice_of_a, b)
             total.copy_(product) if first else total.add_(product)
@@ -385,7 +385,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
         of one element. Default: the counted tokens' weights, summed, i.e. their count. If it is 0, so is the loss.
     token_weight (...): factors of the tokens' losses; a constant. softcap: see above; None or 0 for none.
     z_loss: the factor of lse^2. sum_dtype: in what the weight gradient's chunks add up; a 16-bit weight's own dtype
-        halves the memory, and rounds once per chunk. chunk_size: tokens per chunk.
+        halves the memory, and rounds once per chunk. chunk_size: tokens per chunk, up to a multiple of 128.
     Deterministic. No gradient is computed for what does not require one, nor under no_grad. One backward per forward,
     and no second derivatives (the gradients are made in the forward pass and scaled in place).
     """
