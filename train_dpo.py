@@ -56,6 +56,7 @@ class Args:
     beta: float = 0.1  # how dear it is to leave the reference (for orpo: weight beside the NLL; for simpo take 2)
     label_smoothing: float = 0.0  # share of the pairs that may be the wrong way round (sigmoid, robust)
     gamma: float = 0.5  # margin of simpo
+    nll_weight: float = 0.0  # weight of the chosen answers' mean NLL beside the loss (Llama 3 takes 0.2; orpo always 1)
     # optimization
     global_batch_size: int = 16  # pairs per update
     micro_batch_size: int = 16  # at most so many pairs per forward pass (and data-parallel rank)
@@ -82,7 +83,7 @@ class Args:
 
 
 FIXED = {"model", "data", "ref_model", "val_data", "val_fraction", "tokenizer", "template", "seq_len", "loss_type",
-         "beta", "label_smoothing", "gamma", "global_batch_size", "optimizer", "seed"}  # else it is another run
+         "beta", "label_smoothing", "gamma", "nll_weight", "global_batch_size", "optimizer", "seed"}  # else it is another run
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -181,19 +182,27 @@ def score(model: CausalLM, pairs: list[Pair], device, autocast) -> tuple[Tensor,
     return sums.view(2, -1).T, lengths.view(2, -1).T
 
 
+def by_length(order: list[int], pairs: list[Pair], size: int) -> list[list[int]]:
+    """The numbers in `order`, the shortest pairs first, in micro batches of `size`: hardly anything is padding then."""
+    order = sorted(order, key=lambda k: max(len(pairs[k].chosen[0]), len(pairs[k].rejected[0])))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
 @torch.no_grad()
 def score_all(model: CausalLM, pairs: list[Pair], size: int, device, autocast) -> Tensor:
     """score's sums for all pairs, `size` at a time: (N, 2)."""
-    return torch.cat([score(model, pairs[i : i + size], device, autocast)[0] for i in range(0, len(pairs), size)])
+    sums = torch.empty(len(pairs), 2, dtype=next(model.parameters()).dtype, device=device)
+    for some in by_length(range(len(pairs)), pairs, size):
+        sums[some] = score(model, [pairs[k] for k in some], device, autocast)[0].to(sums.dtype)
+    return sums
 
 
 def losses_of(args: Args, sums: Tensor, lengths: Tensor, reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of scored pairs, with the NLL that orpo adds, and what the log tells of them, detached, (B,) each."""
+    """Losses (B,) of scored pairs, with the NLL of the chosen, and what the log tells of them, detached, (B,) each."""
     losses, chosen, rejected = preference_loss(*sums.T, *reference.T, loss_type=args.loss_type, beta=args.beta,
                                                label_smoothing=args.label_smoothing, chosen_lengths=lengths[:, 0],
                                                rejected_lengths=lengths[:, 1], gamma=args.gamma)
-    if args.loss_type == "orpo":
-        losses = losses - sums[:, 0] / lengths[:, 0]
+    losses = losses - (1.0 if args.loss_type == "orpo" else args.nll_weight) * sums[:, 0] / lengths[:, 0]
     per_token, drift = (sums / lengths).detach(), ((sums - reference) / lengths).detach()
     return losses, {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected,
                     "accuracy": (chosen > rejected).double(), "kl": drift.mean(1),
@@ -210,8 +219,8 @@ def check(args: Args) -> None:
         expect(getattr(args, name) != later, name, "not available yet")
     for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
         expect(getattr(args, name) >= 1, name, "must be at least 1")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "gamma", "eval_every", "save_every",
-                 "keep_last"):
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "gamma", "nll_weight", "eval_every",
+                 "save_every", "keep_last"):
         expect(0 <= getattr(args, name) < math.inf, name, "must be at least 0")
     expect(args.beta > 0, "beta", "must be above 0")
     expect(0 <= args.label_smoothing < 0.5, "label_smoothing", "must be at least 0 and below 0.5")
@@ -265,9 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     @torch.no_grad()
     def evaluate() -> dict:
         rows = []
-        for i in range(0, len(held_out), args.micro_batch_size):
-            some = slice(i, i + args.micro_batch_size)
-            sums, lengths = score(model, held_out[some], device, autocast)
+        for some in by_length(range(len(held_out)), held_out, args.micro_batch_size):
+            sums, lengths = score(model, [held_out[k] for k in some], device, autocast)
             losses, told = losses_of(args, sums, lengths, val_reference[some])
             rows.append({"loss": losses, "nats": -sums[:, 0], **told})
         means = {name: float(torch.cat([row[name] for row in rows]).double().mean()) for name in rows[0]}
@@ -300,11 +308,10 @@ def main(argv: list[str] | None = None) -> None:
 
         order = shuffled(state["step"] * args.global_batch_size, args.global_batch_size, len(pairs), args.seed).tolist()
         told, tokens = [], 0
-        for i in range(0, len(order), args.micro_batch_size):
-            chosen = order[i : i + args.micro_batch_size]
-            some = [pairs[k] for k in chosen]
+        for numbers in by_length(order, pairs, args.micro_batch_size):
+            some = [pairs[k] for k in numbers]
             sums, lengths = score(model, some, device, autocast)
-            theirs = reference[chosen] if frozen is None else score_all(frozen, some, len(some), device, autocast)
+            theirs = reference[numbers] if frozen is None else score_all(frozen, some, len(some), device, autocast)
             losses, values = losses_of(args, sums, lengths, theirs)
             (losses.sum() / len(order) * state["loss_scale"]).backward()
             told.append({"loss": losses.detach(), **values})

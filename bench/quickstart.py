@@ -3,11 +3,12 @@
     bash quickstart.sh
 
 Exits with 1 if a stage misses the figure that it ships with. A second call finds the finished stages and repeats only
-the table; delete out/quickstart to start again. With --record the table goes into bench/results/quickstart.json.
+the rest; delete out/quickstart to start again. With --record the table goes into bench/results/quickstart.json.
 """
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -19,23 +20,34 @@ from bench.results_io import write_results  # noqa: E402
 from metrics import read_rows  # noqa: E402
 
 OUT = "out/quickstart"
+GRADED = f"--tasks {OUT}/tasks/sft_val.jsonl --pairs {OUT}/tasks/pairs_val.jsonl --batch_size 64 --max_new_tokens 64"
 STAGES = {
     "tokenizer": f"-m data.prepare --data stdlib --vocab_size 2048 --out {OUT}/data",
     "pretrain": f"train_pretrain.py --data {OUT}/data --out {OUT}/pretrain --optimizer muon --lr 4e-3 --schedule wsd "
                 "--seq_len 256 --global_batch_size 8 --max_steps 1200 --warmup_steps 30 --eval_every 400 "
                 "--save_every 400 --log_every 50 --resume auto",
-    "evaluate": f"evaluate.py --model {OUT}/pretrain --data {OUT}/data --baselines --out {OUT}/evaluation.json",
     "samples": f"generate.py --model {OUT}/pretrain --prompt 'def main(' 'class Test' 'The ' --max_new_tokens 80 "
                "--top_p 0.95 --temperature 0.7",
+    "tasks": f"data/tasks.py --out {OUT}/tasks --train 20000 --val 600 --pairs 2000 --pairs_of code --val_pairs 800",
+    "base model": f"evaluate.py --model {OUT}/pretrain --data {OUT}/data --baselines {GRADED} --out {OUT}/base.json",
+    "sft": f"train_sft.py --model {OUT}/pretrain --data {OUT}/tasks/sft_train.jsonl --val_data {OUT}/tasks/sft_val.jsonl "
+           f"--replay stdlib --replay_fraction 0.1 --out {OUT}/sft --optimizer muon --lr 4e-3 --schedule linear "
+           "--global_batch_size 8 --max_steps 1250 --eval_every 500 --save_every 500 --log_every 50 --resume auto",
+    "sft model": f"evaluate.py --model {OUT}/sft {GRADED} --out {OUT}/sft.json",
+    "dpo": f"train_dpo.py --model {OUT}/sft --data {OUT}/tasks/pairs_train.jsonl --val_data {OUT}/tasks/pairs_val.jsonl "
+           f"--out {OUT}/dpo --beta 0.1 --lr 3e-5 --global_batch_size 32 --max_steps 60 --eval_every 30 --resume auto",
+    "dpo model": f"evaluate.py --model {OUT}/dpo {GRADED} --out {OUT}/dpo.json",
+    "chat": f"generate.py --model {OUT}/dpo --chat --temperature 0 --max_new_tokens 64 --prompt 'What is 27 + 45?' /reset "
+            "'Add 345 and 287 step by step.' /reset 'Which number is largest: 47 82 19 33?' /reset "
+            "'How many a in d a c a f a?' /reset 'Sort the list: 4 7 1 9' /reset 'Reverse the letters: k a t'",
 }
 
 
 def run_stage(command: str) -> tuple[float, int]:
     """Run one command, shown as one would type it: (seconds, peak bytes of memory, 0 where that cannot be asked)."""
-    import shlex
     print(f"\n$ python {command}", flush=True)
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdin=subprocess.DEVNULL)
     if not hasattr(os, "wait4"):  # Windows
         code, peak = process.wait(), 0
     else:
@@ -47,42 +59,70 @@ def run_stage(command: str) -> tuple[float, int]:
     return time.perf_counter() - start, peak
 
 
-def main() -> None:
-    measured = {stage: run_stage(command) for stage, command in STAGES.items()}
-    out = ROOT / OUT
-    index = json.loads((out / "data" / "index.json").read_text())["splits"]
-    evaluation = json.loads((out / "evaluation.json").read_text())
+def table(measured: dict, out: Path) -> list[dict]:
+    """A row for each stage: what it cost, and the figures of the model that it began with and of the one that it left."""
+    graded = {name: json.loads((out / f"{name}.json").read_text()) for name in ("base", "sft", "dpo")}
     log = read_rows(out / "pretrain" / "metrics.jsonl")
-    before = next(row for row in log if row["kind"] == "eval")["bits_per_byte"]
-    last = [row for row in log if row["kind"] == "train"][-1]
-    bytes_per_token = index["train"]["bytes"] / index["train"]["tokens"]
-    after, gzip, xz = (evaluation[name] for name in ("bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte"))
+    rows = {stage: {"stage": stage, "seconds": round(seconds, 1), "peak_memory_mb": round(peak / 2**20)}
+            for stage, (seconds, peak) in measured.items()}
+    for stage in ("pretrain", "sft", "dpo"):
+        last = [row for row in read_rows(out / stage / "metrics.jsonl") if row["kind"] == "train"][-1]
+        rows[stage] |= {"tokens_per_second": last["tokens"] / last["seconds"], "training_seconds": round(last["seconds"], 1)}
+    rows["pretrain"] |= {"bits_per_byte_before": next(row for row in log if row["kind"] == "eval")["bits_per_byte"],
+                         "bits_per_byte_after": graded["base"]["bits_per_byte"]}
+    rows["base model"] |= {name: graded["base"][name] for name in ("gzip_bits_per_byte", "xz_bits_per_byte")}
+    for stage, before in (("sft", "base"), ("dpo", "sft")):
+        for figure in ("exact_match", "preference_accuracy"):
+            rows[stage] |= {f"{figure}_before": graded[before][figure], f"{figure}_after": graded[stage][figure]}
+        rows[stage]["families"] = {name: right / total for name, (right, total) in graded[stage]["families"].items()}
+    rows["all"] = {"stage": "all", "seconds": round(sum(seconds for seconds, _ in measured.values()), 1)}
+    return list(rows.values())
 
-    rows = [{"stage": stage, "seconds": round(seconds, 1), "peak_memory_mb": round(peak / 2**20)}
-            for stage, (seconds, peak) in measured.items()]
-    rows[1] |= {"bits_per_byte_before": before, "bits_per_byte_after": after,
-                "tokens_per_second": last["tokens"] / last["seconds"], "training_seconds": round(last["seconds"], 1)}
-    rows[2] |= {"gzip_bits_per_byte": gzip, "xz_bits_per_byte": xz}
+
+def show(rows: list[dict]) -> None:
+    def gain(row: dict, figure: str, spec: str) -> str:
+        before, after = (row.get(f"{figure}_{when}") for when in ("before", "after"))
+        return "" if after is None else f"{before:{spec}} -> {after:{spec}}"
+
+    print(f"\n{'stage':<12}{'seconds':>9}{'bits per byte':>20}{'exact match':>18}{'preferences':>18}{'tokens/s':>11}"
+          f"{'memory':>10}")
+    for row in rows:
+        speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
+        memory = f"{row['peak_memory_mb']:,} MB" if "peak_memory_mb" in row else ""
+        print(f"{row['stage']:<12}{row['seconds']:>9.1f}{gain(row, 'bits_per_byte', '.3f'):>20}"
+              f"{gain(row, 'exact_match', '.1%'):>18}{gain(row, 'preference_accuracy', '.1%'):>18}{speed:>11}{memory:>10}")
+
+
+def main() -> None:
+    measured, out = {stage: run_stage(command) for stage, command in STAGES.items()}, ROOT / OUT
+    rows = table(measured, out)
     if "--record" in sys.argv[1:]:
         write_results("quickstart", rows, quiet=True)
+    show(rows)
+    of = {row["stage"]: row for row in rows}
+    sft, dpo, after = of["sft"], of["dpo"], of["pretrain"]["bits_per_byte_after"]
+    gzip, xz = (of["base model"][f"{name}_bits_per_byte"] for name in ("gzip", "xz"))
+    print(f"held-out text by gzip -9: {gzip:.3f} bits per byte, by xz -9: {xz:.3f}; by the base model: {after:.3f}")
+    print("exact match after SFT: " + ", ".join(f"{name} {share:.0%}" for name, share in sft["families"].items()))
 
-    print(f"\n{'stage':<12}{'seconds':>9}{'bits per byte':>20}{'tokens/s':>11}{'peak memory':>14}")
-    for row in rows:
-        gain = f"{before:.3f} -> {after:.3f}" if row["stage"] == "pretrain" else ""
-        speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
-        print(f"{row['stage']:<12}{row['seconds']:>9.1f}{gain:>20}{speed:>11}{row['peak_memory_mb']:>11,} MB")
-    print(f"held-out text by gzip -9: {gzip:.3f} bits per byte, by xz -9: {xz:.3f}; by the model: {after:.3f}")
-
-    expected = {  # figure: (what it is, what it must at most be)
-        "tokens per byte of the tokenizer": (1 / bytes_per_token, 1 / 3.0),
-        "bits per byte of the base model": (after, 1.50),
-        "bits per byte, against xz -9": (after, xz),
+    index = json.loads((out / "data" / "index.json").read_text())["splits"]["train"]
+    gained = dpo["preference_accuracy_after"] - dpo["preference_accuracy_before"]
+    expected = {  # what: (figure, the least that it must be)
+        "bytes per token of the tokenizer": (index["bytes"] / index["tokens"], 3.0),
+        "1.50 - bits per byte of the base model": (1.50 - after, 0.0),
+        "xz -9 - bits per byte of the base model": (xz - after, 0.0),
+        "5 % - exact match of the base model": (0.05 - sft["exact_match_before"], 0.0),
+        "exact match after SFT": (sft["exact_match_after"], 0.60),
+        "exact match of the worst family after SFT": (min(sft["families"].values()), 0.30),
+        "preference accuracy gained by DPO": (gained, 1e-9 if dpo["preference_accuracy_after"] >= 0.90 else 0.15),
+        "exact match gained by DPO": (dpo["exact_match_after"] - dpo["exact_match_before"], 0.0),
     }
-    missed = [f"{name}: {value:.4f}, expected at most {limit:.4f}"
-              for name, (value, limit) in expected.items() if not value <= limit]
+    missed = [f"{what}: {figure:.4f}, expected at least {least:.4f}" for what, (figure, least) in expected.items()
+              if not figure >= least]
     if missed:
         sys.exit("MISSED\n" + "\n".join(missed))
-    print(f"all as expected; curves and samples in {OUT}/pretrain/report.html")
+    print(f"all as expected; curves and samples in {OUT}/*/report.html")
+    print(f"talk to it: python generate.py --model {OUT}/dpo --chat")
 
 
 if __name__ == "__main__":

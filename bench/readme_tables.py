@@ -17,7 +17,9 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
     "quickstart": [("stage", "stage", ""), ("seconds", "seconds", ".1f"),
                    ("bits per byte before", "bits_per_byte_before", ".3f"), ("after", "bits_per_byte_after", ".3f"),
                    ("gzip -9", "gzip_bits_per_byte", ".3f"), ("xz -9", "xz_bits_per_byte", ".3f"),
-                   ("training seconds", "training_seconds", ".1f"), ("tokens/s", "tokens_per_second", ",.0f"),
+                   ("exact match before", "exact_match_before", ".1%"), ("after", "exact_match_after", ".1%"),
+                   ("preference accuracy before", "preference_accuracy_before", ".1%"),
+                   ("after", "preference_accuracy_after", ".1%"), ("training seconds", "training_seconds", ".1f"), ("tokens/s", "tokens_per_second", ",.0f"),
                    ("peak memory, MB", "peak_memory_mb", ",d")],
     "shakespeare": [("side", "side", ""), ("parameters", "parameters", ",d"), ("held-out loss", "held_out_loss", ".3f"),
                     ("a step, ms", "step_ms", ".1f"), ("step / nanoGPT's", "step_ratio_to_nanogpt", ".2f"),
@@ -26,8 +28,14 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
     "tokenizer": [("what", "what", ""), ("MB", "megabytes", ".1f"), ("seconds", "seconds", ".1f"),
                   ("MB/s", "megabytes_per_second", ".1f"), ("bytes per token", "bytes_per_token", ".2f"),
                   ("strings compared", "strings", ",d"), ("unequal", "unequal", "d")],
+    "real_files": [("file", "file", ""), ("stage", "stage", ""), ("updates", "steps", "d"),
+                   ("held-out loss before", "loss_before", ".3f"), ("after", "loss_after", ".3f"),
+                   ("preference accuracy before", "accuracy_before", ".1%"), ("after", "accuracy_after", ".1%")],
     "loader": [("sequence length", "seq_len", "d"), ("batch size", "batch_size", "d"),
                ("million tokens/s, one core", "million_tokens_per_second", ".0f")],
+    "generate": [("batch size", "batch_size", "d"), ("tokens/s, one thread", "tokens_per_second", ",.0f"),
+                 ("times a batch of 1", "times_batch_of_1", ".1f"), ("prompts", "prompts", "d"),
+                 ("unequal to one by one", "unequal_to_one_by_one", "d")],
 }
 
 

@@ -168,23 +168,25 @@ def make_tasks(split: str, count: int, seed: int = 0) -> Iterator[dict]:
         yield chat_row(family, task.question, task.answer, task.steps)
 
 
-def preference_pairs(split: str, count: int, seed: int = 0) -> Iterator[dict]:
+def preference_pairs(split: str, count: int, seed: int = 0, of: str = "all") -> Iterator[dict]:
     """`count` rows {"prompt": [user], "chosen": [assistant], "rejected": [assistant], "family": ...}, no prompt twice.
 
-    Of eight rows six are tasks, right against wrong, and two are code of the standard library, real against corrupted:
-    a docstring and a function. ValueError: as `make_tasks`; the library has not so many functions.
+    of="tasks": right against wrong answers, families in rotation; "code": docstrings and functions of the standard
+    library, real against corrupted; "all": of eight rows six tasks, a docstring and a function.
+    ValueError: as `make_tasks`; the library has not so many functions.
     """
+    kinds = {"all": (*FAMILIES, "docstring", "function"), "tasks": (*FAMILIES,), "code": ("docstring", "function")}[of]
     tasks, functions = draw_tasks(split, f"pairs {seed}"), list(stdlib_functions(split))
     rng = random.Random(f"corruptions {seed}")
     rng.shuffle(functions)
     for i in range(count):
-        round_, place = divmod(i, len(FAMILIES) + 2)
-        if place < len(FAMILIES):
+        round_, place = divmod(i, len(kinds))
+        if kinds[place] in FAMILIES:
             family, task = next(tasks)
             good = chat_row(family, task.question, task.answer, task.steps)
             bad = chat_row(family, task.question, task.wrong, task.steps)
         elif round_ < len(functions):
-            family, question, answer = code_questions(functions[round_])[place - len(FAMILIES)]
+            family, question, answer = code_questions(functions[round_])[kinds[place] == "function"]
             corrupt = corrupt_code if family == "function" else corrupt_docstring
             good, bad = chat_row(family, question, answer), chat_row(family, question, corrupt(rng, answer))
         else:
@@ -368,12 +370,14 @@ def main() -> None:
                                 ("pairs", 4_000, "preference pairs to train on"), ("val_pairs", 400, "held-out pairs"),
                                 ("seed", 0, "another seed draws other tasks, with the same operands held out")):
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument("--pairs_of", choices=("all", "tasks", "code"), default="all",
+                        help="what the training pairs are of; the held-out ones are of all (default: all)")
     args = parser.parse_args()
     for flag in ("train", "val", "pairs", "val_pairs"):
         if getattr(args, flag) < 0:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 0")
     files = {"sft_train": make_tasks("train", args.train, args.seed), "sft_val": make_tasks("val", args.val, args.seed),
-             "pairs_train": preference_pairs("train", args.pairs, args.seed),
+             "pairs_train": preference_pairs("train", args.pairs, args.seed, args.pairs_of),
              "pairs_val": preference_pairs("val", args.val_pairs, args.seed),
              "code_train": docstring_tasks("train"), "code_val": docstring_tasks("val")}
     files = {name: list(rows) for name, rows in files.items()}  # all of them, before the first file is written

@@ -296,6 +296,13 @@ def test_bad_input_gets_one_line_and_leaves_nothing(arguments, message, tmp_path
     assert not (tmp_path / "tasks").exists()
 
 
+@pytest.mark.parametrize("of, families", [("code", {"docstring", "function"}), ("tasks", set(tasks.FAMILIES)),
+                                          ("all", {*tasks.FAMILIES, "docstring", "function"})])
+def test_pairs_are_of_what_was_asked_for_in_equal_shares(of, families):
+    found = Counter(row["family"] for row in tasks.preference_pairs("val", 48, of=of))
+    assert found == {family: 48 // len(families) for family in families}
+
+
 def test_tasks_are_read_back_and_a_wrong_line_is_named(tmp_path):
     rows = list(tasks.make_tasks("val", 12))
     path = tmp_path / "t.jsonl"

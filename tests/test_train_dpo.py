@@ -152,6 +152,18 @@ def test_scores_are_those_of_each_answer_alone(base, pairs):
             assert tokenizer.special_tokens["<|im_end|>"] == [i for i, m in zip(ids, mask) if m][-1]
 
 
+def test_the_nll_of_the_chosen_is_added_at_its_weight(base, pairs, tmp_path):
+    run = train(base, pairs, tmp_path / "run", max_steps=1, eval_every=1, val_data=str(pairs), nll_weight=0.5)
+    tokenizer = load_tokenizer(base)
+    train_dpo.prepare_tokenizer(tokenizer, "chatml")
+    args = train_dpo.parse(Args, argv=["--model", str(base), "--data", str(pairs), "--val_data", str(pairs),
+                                        "--template", "chatml", "--seq_len", "48"])
+    model, held_out = train_dpo.load(args, str(base), tokenizer), train_dpo.read_pairs(args, tokenizer, "val")
+    sums, lengths = train_dpo.score(model, held_out, "cpu", contextlib.nullcontext())
+    expected = math.log(2) + 0.5 * (-sums[:, 0] / lengths[:, 0]).mean().item()
+    assert len(held_out) == 64 and rows(run, "eval")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_it_learns_the_preference(base, pairs, tmp_path):
     run = train(base, pairs, tmp_path / "run", max_steps=40, lr=1e-2, eval_every=20)
     before, *_, after = rows(run, "eval")
@@ -162,7 +174,7 @@ def test_it_learns_the_preference(base, pairs, tmp_path):
 @pytest.mark.parametrize("change", [
     dict(loss_type="ipo"), dict(loss_type="hinge"), dict(loss_type="robust", label_smoothing=0.1), dict(loss_type="sigmoid_norm"),
     dict(loss_type="simpo", beta=2.0), dict(loss_type="orpo"), dict(beta=0.5), dict(label_smoothing=0.1), dict(lr=1e-2),
-    dict(min_lr=1e-4), dict(schedule="constant"), dict(warmup_steps=3), dict(optimizer="muon"), dict(optimizer="lion"),
+    dict(nll_weight=0.2), dict(min_lr=1e-4), dict(schedule="constant"), dict(warmup_steps=3), dict(optimizer="muon"), dict(optimizer="lion"),
     dict(weight_decay=10.0), dict(grad_clip=0.01), dict(seed=1), dict(global_batch_size=2), dict(seq_len=11), dict(dtype="float64"),
     dict(dtype="bfloat16"), dict(dtype="float16"), dict(template="alpaca"), dict(val_fraction=0.5),
 ], ids=str)

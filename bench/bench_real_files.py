@@ -1,0 +1,72 @@
+"""Instruction and preference files as they are published, through SFT and DPO: what a held-out tenth says before and after.
+
+    python bench/bench_real_files.py --data FOLDER                  # FOLDER holds the files of SETS
+    python bench/bench_real_files.py --data FOLDER --model out/quickstart/pretrain --record
+
+Each set is one of the field's forms of row. The base model is the quickstart's, of a million parameters that know Python
+sources: what counts is that every form goes through and that the held-out figures move the right way, not how far.
+DPO starts from a model fine-tuned on the chosen answers of the same file, as usual.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from bench.results_io import write_results  # noqa: E402
+from metrics import read_rows  # noqa: E402
+
+SETS = {  # file: (updates of SFT, of DPO or 0)
+    "rasbt_instruction/instruction-data.json": (200, 0),  # Alpaca
+    "self_instruct/seed_tasks.jsonl": (60, 0),  # instruction and instances
+    "rasbt_instruction/instruction-data-with-preference.json": (200, 100),  # instruction, chosen, rejected
+    "llamafactory_pref/dpo_en_demo.json": (60, 60),  # ShareGPT conversations, chosen, rejected
+    "llamafactory_pref/dpo_zh_demo.json": (60, 60),
+    "hh_rlhf/test.jsonl.gz": (200, 200),  # transcripts, compressed
+}
+
+
+def train(command: str) -> tuple[dict, dict]:
+    """Run a stage; its first and its last evaluation."""
+    print(f"\n$ python {command}", flush=True)
+    words = command.split()
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    rows = [row for row in read_rows(Path(ROOT, words[words.index("--out") + 1], "metrics.jsonl")) if row["kind"] == "eval"]
+    return rows[0], rows[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of the files")
+    parser.add_argument("--model", default="out/quickstart/pretrain", help="base model (default: the quickstart's)")
+    parser.add_argument("--record", action="store_true", help="write bench/results/real_files.json")
+    args = parser.parse_args()
+    rows, data = [], Path(args.data).resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (name, (sft_steps, dpo_steps)) in enumerate(SETS.items()):
+            sft, dpo = f"{scratch}/sft{number}", f"{scratch}/dpo{number}"
+            common = f"--data {data / name} --save_every 0 --log_every 50"
+            before, after = train(f"train_sft.py --model {args.model} --out {sft} --optimizer muon --lr 2e-3 --schedule linear "
+                                  f"--max_steps {sft_steps} --eval_every {sft_steps} {common}")
+            rows.append({"file": name, "stage": "SFT", "steps": sft_steps, "loss_before": before["loss"],
+                         "loss_after": after["loss"]})
+            if dpo_steps:
+                before, after = train(f"train_dpo.py --model {sft} --out {dpo} --lr 1e-4 --beta 0.3 --max_steps {dpo_steps} "
+                                      f"--eval_every {dpo_steps} {common}")
+                rows.append({"file": name, "stage": "DPO", "steps": dpo_steps, "loss_before": before["loss"],
+                             "loss_after": after["loss"], "accuracy_before": before["preference_accuracy"],
+                             "accuracy_after": after["preference_accuracy"]})
+    if args.record:
+        write_results("real_files", rows)
+    worse = [f"{row['file']} ({row['stage']})" for row in rows if row["loss_after"] >= row["loss_before"]
+             or row.get("accuracy_after", 1) < row.get("accuracy_before", 0)]
+    for row in rows:
+        print(row)
+    sys.exit(f"worse than before: {', '.join(worse)}" if worse else 0)
+
+
+if __name__ == "__main__":
+    main()
