@@ -145,10 +145,10 @@ def _quantize_kernel(w_ptr, levels_ptr, packed_ptr, absmax_ptr, n, blocks, SIZE:
     inverse = tl.div_rn(1.0, tl.maximum(absmax, 2.0**-126))[:, None]  # correctly rounded, or codes would differ
     first_code = tl.zeros((BLOCKS, SIZE // 2), tl.int32)
     second_code = tl.zeros((BLOCKS, SIZE // 2), tl.int32)
-    for i in tl.static_range(15):  # the code is the number of midpoints that lie below
+    for i in tl.static_range(15):  # the code counts the midpoints that lie below
         middle = (tl.load(levels_ptr + i) + tl.load(levels_ptr + i + 1)) / 2
-        first_code += (first * inverse > middle).to(tl.int32)
-        second_code += (second * inverse > middle).to(tl.int32)
+        first_code = tl.where(first * inverse > middle, i + 1, first_code)
+        second_code = tl.where(second * inverse > middle, i + 1, second_code)
     tl.store(packed_ptr + byte, (first_code << 4 | second_code).to(tl.uint8), mask=byte * 2 < n)
     tl.store(absmax_ptr + block, absmax, mask=block < blocks)
 
