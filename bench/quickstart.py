@@ -9,6 +9,7 @@ the rest; delete out/quickstart to start again. With --record the table goes int
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -66,8 +67,9 @@ def table(measured: dict, out: Path) -> list[dict]:
     rows = {stage: {"stage": stage, "seconds": round(seconds, 1), "peak_memory_mb": round(peak / 2**20)}
             for stage, (seconds, peak) in measured.items()}
     for stage in ("pretrain", "sft", "dpo"):
-        last = [row for row in read_rows(out / stage / "metrics.jsonl") if row["kind"] == "train"][-1]
-        rows[stage] |= {"tokens_per_second": last["tokens"] / last["seconds"], "training_seconds": round(last["seconds"], 1)}
+        steps = [row for row in read_rows(out / stage / "metrics.jsonl") if row["kind"] == "train"]
+        rows[stage] |= {"tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps),
+                        "training_seconds": round(steps[-1]["seconds"], 1)}
     rows["pretrain"] |= {"bits_per_byte_before": next(row for row in log if row["kind"] == "eval")["bits_per_byte"],
                          "bits_per_byte_after": graded["base"]["bits_per_byte"]}
     rows["base model"] |= {name: graded["base"][name] for name in ("gzip_bits_per_byte", "xz_bits_per_byte")}
