@@ -56,7 +56,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 def dequantize_state(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
-    """codes (any shape, n numbers), absmax (ceil(n / 256),), levels (256,) -> the numbers, in absmax's dtype or wider."""
+    """codes (any shape, n numbers), absmax (ceil(n / 256),), levels (256,) -> the numbers they stand for."""
     return levels[codes.int()] * absmax.repeat_interleave(BLOCK)[:codes.numel()].view(codes.shape)
 
 
@@ -95,9 +95,9 @@ def adam8bit_update_reference(param, grad, m_codes, m_absmax, v_codes, v_absmax,
 def _place(x, FIRST: tl.constexpr):
     """The place of the level nearest to x in 0..1; the first decade's levels have the places FIRST..2 FIRST - 1.
 
-    A search among 256 levels would cost 8 look-ups. But decade d holds the places from start = FIRST 2^d to 2 start - 1,
-    in even steps: there the place is what lies below the line start (10^(6 - d) x / 0.9 + 8 / 9). Each decade's line
-    is flatter than the one before and meets it at the border, so that the right line is always the lowest one.
+    A search among 256 levels would cost 8 look-ups. But decade d holds the places from start = FIRST 2^d up to
+    2 start - 1, in even steps: there the place is what lies below the line start (10^(6 - d) x / 0.9 + 8 / 9). Each
+    decade's line is flatter than the one before and meets it at the border: the right line is always the lowest.
     """
     place = x * (FIRST * 1e6 / 0.9) + FIRST * 8 / 9
     for d in tl.static_range(1, 7):
@@ -110,7 +110,7 @@ def _place(x, FIRST: tl.constexpr):
 
 @jit
 def _level(place, FIRST: tl.constexpr):
-    """The level at a place, undoing `_place`: the middle of its step, on the highest of the lines seen from the side."""
+    """The level at a place, undoing `_place`: the middle of its step, on the lines turned round: the highest."""
     middle = place + 0.5
     level = middle * (0.9e-6 / FIRST) - 0.8e-6
     for d in tl.static_range(1, 7):
@@ -157,7 +157,7 @@ def _update_kernel(param_ptr, grad_ptr, m_codes_ptr, m_absmax_ptr, v_codes_ptr, 
 
 
 def _runs_kernel(param: Tensor) -> bool:
-    """Whether param goes to the Triton kernel: on a GPU, or interpreted (TRITON_INTERPRET=1) on a CPU; never float64."""
+    """Whether the Triton kernel runs: on a GPU, or interpreted (TRITON_INTERPRET=1) on a CPU; never for float64."""
     if param.dtype == torch.float64:  # nothing is cast down
         return False
     interpreted = triton is not None and not isinstance(_update_kernel, triton.runtime.JITFunction)
@@ -178,8 +178,8 @@ def _adam8bit_update(param, grad, m_codes, m_absmax, v_codes, v_absmax, lr, beta
     if not param.numel():
         return
     if not _runs_kernel(param):
-        adam8bit_update_reference(param, grad, m_codes, m_absmax, v_codes, v_absmax, lr, beta1, beta2, eps, weight_decay,
-                                  step)
+        adam8bit_update_reference(param, grad, m_codes, m_absmax, v_codes, v_absmax, lr, beta1, beta2, eps,
+                                  weight_decay, step)
         return
     BLOCKS = 8
     _update_kernel[(triton.cdiv(param.numel(), BLOCK * BLOCKS),)](
@@ -241,7 +241,7 @@ def adam8bit_update(param: Tensor, grad: Tensor, m_codes: Tensor, m_absmax: Tens
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Check adam8bit_update against its reference, then time it on a GPU.").parse_args()
+    argparse.ArgumentParser(description="Check adam8bit_update against its reference; time it on a GPU.").parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     ours = torch.randn(5000, device=device)
@@ -264,7 +264,8 @@ def main() -> None:
     param = torch.randn(2**28, device=device, dtype=torch.bfloat16)
     grad, state = torch.randn_like(param), adam8bit_state(param)
     ms = triton.testing.do_bench(lambda: adam8bit_update(param, grad, *state, lr=1e-3, step=1), return_mode="median")
-    print(f"{param.numel():.1e} bfloat16 parameters: {ms:.3f} ms, {param.numel() * (10 + 16 / BLOCK) / ms / 1e9:.2f} TB/s")
+    moved = param.numel() * (10 + 16 / BLOCK)
+    print(f"{param.numel():.1e} bfloat16 parameters: {ms:.3f} ms, {moved / ms / 1e9:.2f} TB/s")
 
 
 if __name__ == "__main__":

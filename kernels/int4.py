@@ -25,6 +25,7 @@ Sources: Frantar et al., GPTQ (arXiv:2210.17323); Lin et al., AWQ (arXiv:2306.00
 from __future__ import annotations
 
 import argparse
+import itertools
 import warnings
 from typing import NamedTuple
 
@@ -241,7 +242,7 @@ def _dequantize(q: Int4, dtype: torch.dtype, runs_kernel: bool) -> Tensor:
 @torch.library.custom_op("glassbox::int4_matmul", mutates_args=(),
                          schema="(Tensor x, Tensor packed, Tensor scale, Tensor zero, bool transpose) -> Tensor")
 def _int4_matmul(x, packed, scale, zero, transpose):
-    """x (M, K) W^T if transpose, else x (M, N) W. Each is the other's gradient, so this operator is its own backward."""
+    """x (M, K) W^T if transpose, else x (M, N) W. Each is the other's gradient: one operator does both ways."""
     x, q = x.contiguous(), Int4(packed.contiguous(), scale.contiguous(), zero.contiguous())
     runs_kernel = _runs_kernel(x)
     if runs_kernel and transpose and 0 < x.shape[0] <= FUSED_ROWS and packed.shape[0]:
@@ -362,10 +363,10 @@ def int4_linear(x: Tensor, q: Int4, bias: Tensor | None = None) -> Tensor:
 def _tune(device: torch.device) -> None:
     """Time every tile on W (14336, 4096) and print the line of CONFIGS for this GPU."""
     q, best = int4_quantize(torch.randn(14336, 4096, device=device, dtype=torch.bfloat16)), {}
-    for name, rows, sizes in (("matvec", 1, [(n, u, w) for n in (2, 4, 8, 16) for u in (32, 64, 128) for w in (1, 2, 4)]),
-                              ("matmul", 16, [(n, u, w) for n in (32, 64, 128) for u in (4, 8, 16) for w in (4, 8)])):
+    for name, rows, all_n, all_units, all_warps in (("matvec", 1, (2, 4, 8, 16), (32, 64, 128), (1, 2, 4)),
+                                                    ("matmul", 16, (32, 64, 128), (4, 8, 16), (4, 8))):
         x, timed = torch.randn(rows, 4096, device=device, dtype=torch.bfloat16), []
-        for BLOCK_N, UNITS, num_warps in sizes:
+        for BLOCK_N, UNITS, num_warps in itertools.product(all_n, all_units, all_warps):
             config = dict(BLOCK_N=BLOCK_N, UNITS=UNITS, num_warps=num_warps)
             try:
                 ms = triton.testing.do_bench(lambda: _launch(x, q, config), return_mode="median")

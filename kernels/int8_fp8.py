@@ -247,7 +247,7 @@ def main() -> None:
             error = ((linear_8bit(x, codes, scale).double() - truth).abs().max() / truth.abs().max()).item()
             plain = x.double() @ w.double().t()
             rounding = ((truth - plain).norm() / plain.norm()).item()
-            print(f"{dtype}, {rows:2} rows: relative error {error:.1e}, allowed {allowed:.0e}; of 8 bits {rounding:.1e}")
+            print(f"{dtype}, {rows:2} rows: error {error:.1e}, allowed {allowed:.0e}; of the 8 bits {rounding:.1e}")
             assert error <= allowed
     if device.type == "cpu":
         print("no GPU: nothing is timed (Triton's interpreter and the plain reference say nothing about speed)")
@@ -259,7 +259,7 @@ def main() -> None:
             x = torch.randn(rows, 4096, device=device, dtype=torch.bfloat16)
             ours, plain = (triton.testing.do_bench(function, return_mode="median") * 1e3 for function in
                            (lambda: linear_8bit(x, codes, scale), lambda: torch.nn.functional.linear(x, w)))
-            print(f"W (14336, 4096), {rows:4} rows: {dtype} {ours:.1f} us, bfloat16 {plain:.1f} us, {plain / ours:.2f}x")
+            print(f"W (14336, 4096), {rows} rows: {dtype} {ours:.1f} us, bfloat16 {plain:.1f} us, {plain / ours:.2f}x")
 
 
 if __name__ == "__main__":

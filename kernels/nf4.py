@@ -22,6 +22,7 @@ section 2 and appendix; dynamic exponents: Dettmers (arXiv:1511.04561).
 from __future__ import annotations
 
 import argparse
+import itertools
 import warnings
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ jit = triton.jit if triton else lambda function: function
 # Quantiles of N(0, 1) at 8 even steps above 1/2 and 7 below, and 0, over the largest; not what Eq. 4 says literally.
 NF4_LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
               -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-              0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+              0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+              1.0)
 NESTED_BLOCK = 256  # absmax values to a block of the second quantization
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FUSED_ROWS = 64  # with more rows than this in x, decode W and leave the product to cuBLAS
@@ -198,8 +200,9 @@ def _linear_kernel(x_ptr, words_ptr, absmax_ptr, levels_ptr, nested_absmax_ptr, 
     total = tl.zeros((BLOCK_N, WORDS) if BLOCK_M == 1 else (BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, row_words, WORDS):
         block = first // PER_BLOCK + tl.arange(0, WORDS // PER_BLOCK)
-        absmax = _load_absmax(n[:, None] * row_blocks + block[None, :], (n < N)[:, None] & (block < row_blocks)[None, :],
-                              absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_map_ptr)[:, :, None]
+        mask = (n < N)[:, None] & (block < row_blocks)[None, :]
+        absmax = _load_absmax(n[:, None] * row_blocks + block[None, :], mask, absmax_ptr, nested_absmax_ptr,
+                              nested_offset_ptr, nested_map_ptr)[:, :, None]
         absmax = tl.reshape(tl.broadcast_to(absmax, (BLOCK_N, WORDS // PER_BLOCK, PER_BLOCK)), (BLOCK_N, WORDS))
         word = first + tl.arange(0, WORDS)
         inside = word // PER_BLOCK < row_blocks  # said by blocks, so that the compiler sees that words come together
@@ -308,7 +311,7 @@ def _(packed, absmax, levels, nested_absmax, nested_offset, nested_map, shape, b
 @torch.library.custom_op("glassbox::nf4_matmul", mutates_args=(),
                          schema=f"(Tensor x, {Q}, int[] shape, int block_size, bool transpose) -> Tensor")
 def _nf4_matmul(x, packed, absmax, levels, nested_absmax, nested_offset, nested_map, shape, block_size, transpose):
-    """x (M, K) W^T if transpose, else x (M, N) W. Each is the other's gradient, so this operator is its own backward."""
+    """x (M, K) W^T if transpose, else x (M, N) W. Each is the other's gradient: one operator does both ways."""
     x, runs_kernel = x.contiguous(), _runs_kernel(x)
     q = NF4(packed, absmax, levels, shape, x.dtype, block_size, nested_absmax, nested_offset, nested_map)
     config = _config("matvec" if x.shape[0] == 1 else "matmul", x.device)
@@ -418,10 +421,10 @@ def nf4_linear(x: Tensor, q: NF4, bias: Tensor | None = None) -> Tensor:
 def _tune(device: torch.device) -> None:
     """Time every tile on W (14336, 4096) and print the line of CONFIGS for this GPU."""
     q, best = nf4_quantize(torch.randn(14336, 4096, device=device, dtype=torch.bfloat16)), {}
-    for name, rows, sizes in (("matvec", 1, [(n, k, w) for n in (4, 8, 16) for k in (64, 128, 256, 512) for w in (1, 2, 4)]),
-                              ("matmul", 16, [(n, k, w) for n in (32, 64, 128) for k in (16, 32, 64) for w in (4, 8)])):
+    for name, rows, all_n, all_words, all_warps in (("matvec", 1, (4, 8, 16), (64, 128, 256, 512), (1, 2, 4)),
+                                                    ("matmul", 16, (32, 64, 128), (16, 32, 64), (4, 8))):
         x, timed = torch.randn(rows, 4096, device=device, dtype=torch.bfloat16), []
-        for BLOCK_N, WORDS, num_warps in sizes:
+        for BLOCK_N, WORDS, num_warps in itertools.product(all_n, all_words, all_warps):
             config = dict(BLOCK_N=BLOCK_N, WORDS=WORDS, num_warps=num_warps)
             try:
                 ms = triton.testing.do_bench(lambda: _launch(x, q, config), return_mode="median")
@@ -434,7 +437,7 @@ def _tune(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check the NF4 kernels against the reference, then time them on a GPU.")
+    parser = argparse.ArgumentParser(description="Check the NF4 kernels against their reference; time them on a GPU.")
     parser.add_argument("--tune", action="store_true", help="find the fastest tiles on this GPU, print CONFIGS")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.int8_fp8 import MAX_K, dequantize_rows, linear_8bit, linear_reference, quantize_rows, quantize_rows_reference
+from kernels.int8_fp8 import (MAX_K, dequantize_rows, linear_8bit, linear_reference, quantize_rows,
+                              quantize_rows_reference)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # without a GPU the int8 kernels are interpreted
 BOTH = pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

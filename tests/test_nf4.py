@@ -95,8 +95,8 @@ def test_dynamic_map_holds_an_exact_zero_and_a_one():
 
 
 @pytest.mark.parametrize("shape, block_size, dtype", [
-    ((3, 64), 64, torch.float32), ((5, 7, 33), 64, torch.float16), ((1,), 64, torch.float32), ((4, 100), 32, torch.float32),
-    ((2, 5000), 4096, torch.float32), ((0, 64), 64, torch.float32)])
+    ((3, 64), 64, torch.float32), ((5, 7, 33), 64, torch.float16), ((1,), 64, torch.float32),
+    ((4, 100), 32, torch.float32), ((2, 5000), 4096, torch.float32), ((0, 64), 64, torch.float32)])
 def test_kernels_equal_the_reference_to_the_bit(shape, block_size, dtype):
     w = weight(*shape, dtype=dtype)
     q = nf4_quantize(w, block_size, double_quant=False)
@@ -105,7 +105,8 @@ def test_kernels_equal_the_reference_to_the_bit(shape, block_size, dtype):
     q = nf4_quantize(w, block_size)
     decoded, truth = nf4_dequantize(q), nf4_dequantize_reference(q)
     assert decoded.shape == w.shape and decoded.dtype == dtype
-    torch.testing.assert_close(decoded, truth, rtol=0 if DEVICE.type == "cpu" else 1e-3, atol=0)  # a GPU fuses a * b + c
+    rtol = 0 if DEVICE.type == "cpu" else 1e-3  # a GPU fuses a * b + c
+    torch.testing.assert_close(decoded, truth, rtol=rtol, atol=0)
 
 
 def test_quantize_takes_any_strides_and_codes_any_alignment():
@@ -224,8 +225,8 @@ def test_bad_input_is_named():
 
 def test_the_reference_announces_itself(monkeypatch):
     monkeypatch.setattr(nf4, "triton", None)
-    q = nf4.NF4(*nf4_quantize_reference(torch.ones(64), torch.tensor(NF4_LEVELS), 64), torch.tensor(NF4_LEVELS), (1, 64),
-                torch.float32)
+    levels = torch.tensor(NF4_LEVELS)
+    q = nf4.NF4(*nf4_quantize_reference(torch.ones(64), levels, 64), levels, (1, 64), torch.float32)
     with pytest.warns(UserWarning, match="plain PyTorch serves on cpu"):
         assert nf4_linear(torch.ones(64), q).item() == 64
 
