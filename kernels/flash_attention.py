@@ -49,9 +49,9 @@ CONFIGS = {
     (8, 256, "forward"): (64, 32, 8, 1), (8, 256, "dq"): (32, 32, 4, 1), (8, 256, "dkdv"): (32, 32, 4, 1),
     (9, 64, "forward"): (128, 128, 8, 3), (9, 64, "dq"): (128, 64, 8, 3), (9, 64, "dkdv"): (32, 128, 8, 3),
     (9, 128, "forward"): (128, 128, 8, 2), (9, 128, "dq"): (128, 64, 8, 2), (9, 128, "dkdv"): (32, 128, 8, 3),
-    (9, 256, "forward"): (128, 64, 8, 2), (9, 256, "dq"): (64, 64, 8, 2), (9, 256, "dkdv"): (64, 64, 8, 2),
+    (9, 256, "forward"): (128, 64, 8, 2), (9, 256, "dq"): (64, 64, 8, 2), (9, 256, "dkdv"): (32, 64, 8, 2),
 }
-FLOAT32_CONFIG = (32, 32, 4, 1)  # exact float32 has no tensor cores: small tiles, that registers suffice
+FLOAT32_CONFIGS = {128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}  # no tensor cores: small tiles, that registers suffice
 INTERPRETER_CONFIG = {"forward": (32, 16, 4, 1), "dq": (32, 16, 4, 1), "dkdv": (16, 32, 4, 1)}
 
 
@@ -95,8 +95,7 @@ def attention_backward_reference(dout, dlse, q, k, v, out, softmax_scale: float,
     dtype, groups = q.dtype, (k.shape[2], q.shape[2] // k.shape[2])
     q, k, v, dout, out = _widen(q.shape[2], q, k, v, dout, out)
     p, lse = _probabilities(q, k, softmax_scale, left, right)
-    delta = (dout * out).sum(-1).transpose(1, 2) - dlse  # (B, H, Sq)
-    delta = delta.masked_fill(lse == -math.inf, 0.0)  # nothing flows through a row that saw nothing, NaN neither
+    delta = ((dout * out).sum(-1).transpose(1, 2) - dlse).masked_fill(lse == -math.inf, 0.0)  # (B, H, Sq); never NaN
     ds = p * (torch.einsum("bihd,bjhd->bhij", dout, v) - delta[..., None]) * softmax_scale
     dq, dk = torch.einsum("bhij,bjhd->bihd", ds, k), torch.einsum("bhij,bihd->bjhd", ds, q)
     dv = torch.einsum("bhij,bihd->bjhd", p, dout)
@@ -109,10 +108,11 @@ def attention_backward_reference(dout, dlse, q, k, v, out, softmax_scale: float,
 @jit
 def _bounds(cu, b, length, PACKED: tl.constexpr):
     """First row and length of sequence b. Bad offsets are clamped: they must not lead outside."""
-    if not PACKED:
-        return b * 0, length
-    start = tl.minimum(tl.maximum(tl.load(cu + b), 0), length)
-    return start, tl.minimum(tl.maximum(tl.load(cu + b + 1), start), length) - start
+    start, size = b * 0, length
+    if PACKED:
+        start = tl.minimum(tl.maximum(tl.load(cu + b), 0), length)
+        size = tl.minimum(tl.maximum(tl.load(cu + b + 1), start), length) - start
+    return start, size
 
 
 @jit
@@ -136,9 +136,11 @@ def _load(base, strides, row, length, ROWS: tl.constexpr, D: tl.constexpr, BLOCK
     rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)  # only the scalar part of a pointer needs int64
     pointers = base + tl.cast(row, tl.int64) * strides[1] + (rows[:, None] * strides[1] + dims[None, :] * strides[3])
     if FULL and D == BLOCK_D:
-        return tl.load(pointers)
-    inside = (dims < D)[None, :] if FULL else (row + rows < length)[:, None] & (dims < D)[None, :]
-    return tl.load(pointers, mask=inside, other=0.0)
+        x = tl.load(pointers)
+    else:
+        inside = (dims < D)[None, :] if FULL else (row + rows < length)[:, None] & (dims < D)[None, :]
+        x = tl.load(pointers, mask=inside, other=0.0)
+    return x
 
 
 @jit
@@ -209,9 +211,8 @@ def _forward_kernel(Q, K, V, OUT, LSE, stride_q, stride_k, stride_v, stride_o, s
             m, l = new_m, l * shrink + tl.sum(p, 1)
             v = _load(v_base, stride_v, n, len_k, N, D, BLOCK_D, walk == 2)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    empty = l == 0.0  # a row that saw no key: O = 0, LSE = -inf
-    l = tl.where(empty, 1.0, l)
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)  # ln(2): to the natural logarithm
+    l = tl.where(l == 0.0, 1.0, l)  # a row that saw no key: O = 0 / 1, LSE = -inf + 0
+    lse = (m + tl.log2(l)) * 0.6931471805599453  # ln(2): to the natural logarithm
     _store(_base(OUT, stride_o, b, start_q, head), stride_o, row, len_q, acc / l[:, None], M, D, BLOCK_D)
     tl.store(_base(LSE, stride_l, b, start_q, head) + i, lse, mask=i < len_q)
 
@@ -318,10 +319,10 @@ def _config(kernel: str, q: Tensor) -> dict:
     """Tile sizes and launch options for the device that q lies on."""
     width = max(16, triton.next_power_of_2(q.shape[-1]))  # tl.dot wants at least 16
     if not q.is_cuda or q.dtype == torch.float32:
-        M, N, warps, stages = FLOAT32_CONFIG if q.is_cuda else INTERPRETER_CONFIG[kernel]
+        M, N, warps, stages = FLOAT32_CONFIGS[max(width, 128)] if q.is_cuda else INTERPRETER_CONFIG[kernel]
     else:
-        M, N, warps, stages = CONFIGS.get((_architecture(q), max(width, 64), kernel),
-                                          CONFIGS[8, max(width, 64), kernel])
+        key = max(width, 64), kernel
+        M, N, warps, stages = CONFIGS.get((_architecture(q), *key), CONFIGS[(8, *key)])
     return {"M": M, "N": N, "BLOCK_D": width, "num_warps": warps, "num_stages": stages}
 
 
@@ -358,7 +359,6 @@ def _kernel_runs_on(x: Tensor) -> bool:
 
 
 # ---- the operators: opaque to torch.compile, which needs to know their shapes and gradients only
-
 _ARGUMENTS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float softmax_scale, int left, int right"
 
 
@@ -432,7 +432,7 @@ _attention.register_autograd(_gradients, setup_context=_save)
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int = -1, right: int = -1) -> int:
-    """How many (query, key) pairs the mask lets through: what attention's work is proportional to."""
+    """How many (query, key) pairs the mask lets through: attention's work."""
     at = range(seqlen_k - seqlen_q, seqlen_k)  # the key that each query stands at
     ends = (min(max(i + right + 1, 0), seqlen_k) if right >= 0 else seqlen_k for i in at)
     return sum(max(end - max(i - left, 0), 0) if left >= 0 else end for i, end in zip(at, ends))
@@ -491,12 +491,11 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, sof
 
     q (B, Sq, H, D); k, v (B, Sk, Hkv, D), H a multiple of Hkv: query head h reads key head h // (H / Hkv). D <= 256.
     float16, bfloat16, float32, or float64 (the reference computes it); any strides.
-    softmax_scale: 1 / sqrt(D) unless given. dropout_p: 0 only.
+    softmax_scale: 1 / sqrt(D) unless given. dropout_p: 0 only. ValueError names the argument that is wrong.
     causal: query i sees keys up to i + Sk - Sq: the last query sees all of them ("bottom-right"). window_size (left,
     right): it sees only those from i + Sk - Sq - left to i + Sk - Sq + right; -1 is no bound.
     -> out as q; with return_lse also LSE (B, H, Sq), the natural logarithm of each row's sum of exp(scores), in float32
-    (float64 for float64), differentiable. A query that sees nothing gets 0, LSE = -inf and no gradient. ValueError
-    names the argument that is wrong."""
+    (float64 for float64), differentiable. A query that sees nothing gets 0, LSE = -inf and no gradient."""
     return _attend(q, k, v, None, None, dropout_p, softmax_scale, causal, window_size, return_lse)
 
 
@@ -508,9 +507,8 @@ def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor
 
     q (total_q, H, D); k, v (total_k, Hkv, D). cu_seqlens_q, cu_seqlens_k (documents + 1,) int32 on the same device:
     document b has rows cu_seqlens[b] ... cu_seqlens[b + 1] - 1; they rise from 0 to the total (equal neighbours: an
-    empty document). That is checked once per tensor on a GPU, as it waits for it; not under torch.compile.
-    max_seqlen_q, max_seqlen_k are flash-attention's; nothing here depends on them.
-    -> out as q; with return_lse also LSE (H, total_q). The rest as in flash_attn_func."""
+    empty document). That is checked once per tensor on a GPU, as it waits for it; not under torch.compile. Nothing
+    depends on max_seqlen_q and max_seqlen_k, which flash-attention needs. LSE (H, total_q), else as flash_attn_func."""
     for name, cu, x in (("cu_seqlens_q", cu_seqlens_q, q), ("cu_seqlens_k", cu_seqlens_k, k)):
         _require(cu.dtype == torch.int32 and cu.dim() == 1 and len(cu) >= 1 and cu.is_contiguous(),
                  f"{name} is {cu.dtype} of shape {tuple(cu.shape)}; it must be contiguous int32 (documents + 1,)")
@@ -537,8 +535,8 @@ def check(device: torch.device) -> bool:
             def run(inputs):
                 out = flash_attn_func(*inputs, window_size=window)
                 return out, *torch.autograd.grad(out, inputs, dout.to(out.dtype))
-            ours, true = run(inputs), run([x.detach().double().requires_grad_() for x in inputs])
-            error = max((a.double() - b).abs().max().item() for a, b in zip(ours, true))
+            true = run([x.detach().double().requires_grad_() for x in inputs])
+            error = max((a.double() - b).abs().max().item() for a, b in zip(run(inputs), true))
             allowed = max(b.abs().max().item() for b in true) * (4 * torch.finfo(dtype).eps + 1e-5)
             fine &= error <= allowed
             print(f"{str(dtype)[6:]:9} {Sq:3} x {Sk:3} D {D} window {window!s:8}: largest error of O, dQ, dK, dV "
@@ -551,7 +549,7 @@ def torchs(q, k, v, causal: bool):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
-def measure(attend, S: int, H: int, D: int) -> tuple[list[float], tuple[Tensor, ...]]:
+def measure(attend, S: int, H: int, D: int):
     """Median milliseconds of causal forward and backward (bfloat16, batch 2), and out, dq, dk, dv."""
     torch.manual_seed(0)
     *inputs, dout = (torch.randn(2, S, H, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
@@ -567,9 +565,8 @@ def tune(head_dims: list[int]) -> None:
         expected = measure(torchs, 4096, 16, D)[1]
         for kernel in ("forward", "dq", "dkdv"):
             key, times = (_architecture(expected[0]), D, kernel), {}
-            order = -1 if kernel == "dkdv" else 1  # (M, N): of the larger side go the accumulators, dkdv's is N
-            tiles = [(a, b)[::order] for a in (64, 128) for b in (32, 64, 128)]
-            others = [(*tile, warps, stages) for tile in tiles for warps in (4, 8) for stages in (2, 3)]
+            others = [(*(a, b)[::-1 if kernel == "dkdv" else 1], warps, stages)  # a: the side of the accumulators
+                      for a in (64, 128) for b in (32, 64, 128) for warps in (4, 8) for stages in (2, 3)]
             for CONFIGS[key] in dict.fromkeys([CONFIGS.get(key, CONFIGS[8, D, kernel])] + others):
                 try:
                     ms, results = measure(flash_attn_func, 4096, 16, D)
@@ -591,7 +588,7 @@ def main() -> None:
         return tune(args.tune or [64, 128, 256]) if device.type == "cuda" else parser.error("--tune needs a GPU")
     fine = check(device)
     if device.type == "cpu":
-        print("no GPU here: nothing is timed (Triton's interpreter, TRITON_INTERPRET=1, checks but does not hurry)")
+        print("no GPU here: nothing is timed (Triton's interpreter, by TRITON_INTERPRET=1, checks but does not hurry)")
     for D, attend in ((D, f) for D in (64, 128) for f in (flash_attn_func, torchs) if device.type == "cuda"):
         forward, backward = measure(attend, 8192, 32, D)[0]
         print(f"2 x 8192, 32 heads of {D}, {attend.__name__:15} forward {forward:7.3f} ms, backward {backward:7.3f} ms")

@@ -1,6 +1,7 @@
 """kernels/flash_attention.py: the reference against PyTorch, the kernels against the reference, bad input, one GPU."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -382,6 +383,54 @@ def test_file_lives_alone_and_refuses_bad_flags(tmp_path):
     assert run.returncode == 0 and "[1, 4, 2, 8]" in run.stdout, run.stderr
     run = subprocess.run([sys.executable, "flash_attention.py", "--tune", "77"], cwd=tmp_path, capture_output=True)
     assert run.returncode == 2
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from kernels import flash_attention as fa
+
+class Hopper:  # what Triton asks of a GPU before it compiles
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+
+class Compiled:  # stands for a kernel; compiles instead of running
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        def compile(*arguments, **options):
+            made = self.kernel.warmup(*arguments, grid=grid, **options)
+            print(self.kernel.__name__, made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
+        return compile
+
+driver.set_active(Hopper())
+fa._kernel_runs_on = lambda x: True
+fa._config = lambda kernel, q: dict(zip(("M", "N", "num_warps", "num_stages"), fa.CONFIGS[9, 128, kernel]), BLOCK_D=128)
+for name in ("_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_tiles_kernel"):
+    setattr(fa, name, Compiled(getattr(fa, name)))
+x = torch.zeros(2, 64, 2, 128, dtype=torch.bfloat16, requires_grad=True)
+fa.flash_attn_func(x, x, x, causal=True).sum().backward()
+cu = torch.tensor([0, 64], dtype=torch.int32)
+fa.flash_attn_varlen_func(x[0], x[0], x[0], cu, cu, 64, 64, causal=True, window_size=(9, 0)).sum().backward()
+"""
+
+
+@pytest.mark.skipif(fa.triton is None, reason="needs Triton")
+def test_kernels_compile_for_a_hopper_gpu():
+    """No GPU is needed for it, and it finds what the interpreter lets pass. Tensor cores serve all products, each tile
+    set fits the 227 KB of shared memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(fa.__file__).parents[1], env=environment,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    made = [line.split() for line in run.stdout.splitlines()]
+    assert [name for name, *_ in made] == ["_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_tiles_kernel",
+                                           "_forward_kernel", "_tiles_kernel", "_dq_kernel", "_tiles_kernel",
+                                           "_dkdv_kernel"]
+    assert all(int(shared) <= 227 * 1024 for _, shared, _ in made)
+    assert all(int(wgmma) > 0 for name, _, wgmma in made if name != "_tiles_kernel")
 
 
 # ---- on a GPU
