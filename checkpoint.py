@@ -193,7 +193,8 @@ def save_model(folder, model: CausalLM, tokenizer=None) -> None:
         tokenizer.save(folder)
 
 
-def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa") -> CausalLM:
+def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
+               kernels: str = "torch") -> CausalLM:
     """The model of a Hugging Face folder, single or sharded, of a family in model.FAMILIES; in eval mode.
 
     dtype: to convert to; None keeps the file's. Takes the memory of one model and one tensor. ValueError for what is no
@@ -205,7 +206,8 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     if (folder / "manifest.json").is_file():
         verify(folder, contents=False)
     try:
-        config = dataclasses.replace(ModelConfig.from_hf(read_json(folder / "config.json")), attention=attention)
+        config = ModelConfig.from_hf(read_json(folder / "config.json"))
+        config = dataclasses.replace(config, attention=attention, kernels=kernels)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: no model can be built from its config.json: {error}") from None
     with torch.device("meta"):  # shapes only: the weights come from the file

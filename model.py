@@ -6,6 +6,7 @@
 
 Each piece stands here once, in reading order: RMSNorm, RoPE, masks, KV cache, grouped-query attention, SwiGLU, layer,
 model, initial weights, cost. B, S, H, D = batch, sequence, heads, head_dim; T = keys, Hkv = their heads.
+With attention="triton" and kernels="triton" the files of kernels/ compute what the functions of the same names do here.
 
     python model.py        prints the size and cost of a few shapes
 """
@@ -47,7 +48,8 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     model_type: str | None = None  # the family in FAMILIES; None: the one that has these features
-    attention: str = "sdpa"  # "eager" is the readable truth, "sdpa" PyTorch's kernels; not part of config.json
+    attention: str = "sdpa"  # "eager" is the readable truth, "sdpa" PyTorch's kernels, "triton" ours
+    kernels: str = "torch"  # "triton": our fused RMSNorm, RoPE and SwiGLU; this and attention are not in config.json
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -70,8 +72,10 @@ class ModelConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window is {self.sliding_window}; it counts the token itself, so at least 1")
-        if self.attention not in ("eager", "sdpa"):
-            raise ValueError(f"attention {self.attention!r} is not available; choose eager or sdpa")
+        if self.attention not in ("eager", "sdpa", "triton"):
+            raise ValueError(f"attention {self.attention!r} is not available; choose eager, sdpa or triton")
+        if self.kernels not in ("torch", "triton"):
+            raise ValueError(f"kernels {self.kernels!r} are not available; choose torch or triton")
         if self.model_type is None:
             windowed = "qwen2" if self.attention_bias else "mistral"
             self.model_type = "qwen3" if self.qk_norm else windowed if self.sliding_window else "llama"
@@ -94,7 +98,7 @@ class ModelConfig:
             raise ValueError(f"config.json: {', '.join(silent)} must be given")
         unwritten = {"mistral": {"sliding_window": 4096}, "qwen3": {"head_dim": 128}}  # HF's, where a file is silent
         values = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | unwritten.get(family, {})
-        values |= {f.name: config[f.name] for f in fields(cls) if f.name in config and f.name != "attention"}
+        values |= {f.name: config[f.name] for f in fields(cls) if f.name in config and f.name not in ("attention", "kernels")}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the newer and the older dialect
         values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
         values["qk_norm"] = family == "qwen3"
@@ -118,7 +122,7 @@ class ModelConfig:
     def to_hf(self) -> dict:
         """The dict to write as config.json: what transformers needs to rebuild this very model."""
         config = asdict(self)
-        for ours in ("attention", "qk_norm"):
+        for ours in ("attention", "kernels", "qk_norm"):
             config.pop(ours)
         if self.model_type == "qwen2":
             config.pop("attention_bias")
@@ -134,14 +138,25 @@ class ModelConfig:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, kernels: str = "torch"):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.normalize = eps, rms_norm
+        if kernels == "triton":
+            from kernels.rms_norm import rms_norm as fused
+            self.normalize = fused
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)  # under autocast x may be 16 bits wide, and stays so
-        return F.rms_norm(x, weight.shape, weight, self.eps)  # sums in float32 for half inputs; float64 stays
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        """-> the norm of x; with `residual` that of x + residual, and x + residual, for the next skip connection."""
+        return self.normalize(x, self.weight, self.eps, residual)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    """What RMSNorm computes, in PyTorch."""
+    s = x if residual is None else x + residual
+    weight = weight.to(s.dtype)  # under autocast s may be 16 bits wide, and stays so
+    y = F.rms_norm(s, weight.shape, weight, eps)  # sums in float32 for half inputs; float64 stays
+    return y if residual is None else (y, s)
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -155,10 +170,13 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) of each head: the half-split form of Hugging Face. x (B, S, H, D)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the pairs (x[i], x[i + D/2]) of each head: the half-split form of Hugging Face. q, k (B, S, H or Hkv, D)."""
+    def rotate(x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
 
 
 def segment_starts(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
@@ -247,6 +265,26 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
     return out.transpose(1, 2)
 
 
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, dropout: float, window: int | None):
+    """The same by kernels/flash_attention.py, which takes document borders (see document_ends) and a window, no mask.
+
+    ValueError: any dropout, which it does not know."""
+    from kernels.flash_attention import flash_attn_func, flash_attn_varlen_func
+    left = -1 if window is None else window - 1  # there a token itself does not count
+    how = dict(dropout_p=dropout, causal=True, window_size=(left, 0))
+    if documents is None:
+        return flash_attn_func(q, k, v, **how)
+    B, S = q.shape[:2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * S, H, D)
+    return flash_attn_varlen_func(q, k, v, documents, documents, S, S, **how).unflatten(0, (B, S))
+
+
+def document_ends(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    """cu_seqlens with the ends of rows among them, in order; one that stood there already is then an empty document."""
+    rows = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.cat((cu_seqlens, rows)).sort().values
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions (Ainslie et al. 2023)."""
 
@@ -259,8 +297,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, Hkv * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, config.hidden_size, bias=config.attention_bias and config.model_type != "qwen2")
         if config.qk_norm:
-            self.q_norm = RMSNorm(D, config.rms_norm_eps)
-            self.k_norm = RMSNorm(D, config.rms_norm_eps)
+            self.q_norm = RMSNorm(D, config.rms_norm_eps, config.kernels)
+            self.k_norm = RMSNorm(D, config.rms_norm_eps, config.kernels)
+        self.rotate = apply_rope
+        if config.kernels == "triton":
+            from kernels.rope import apply_rope as fused
+            self.rotate = fused
 
     def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None) -> Tensor:
         B, S, _ = x.shape
@@ -270,10 +312,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, S, -1, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = self.rotate(q, k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, slots, k, v)
         attend = eager_attention if self.config.attention == "eager" else sdpa_attention
+        if self.config.attention == "triton" and cache is None:  # a cache's rows differ in length: that takes a mask
+            attend = partial(triton_attention, window=self.config.sliding_window)
         out = attend(q, k, v, mask, self.config.attention_dropout if self.training else 0.0)
         return self.o_proj(out.reshape(B, S, -1))
 
@@ -286,9 +330,17 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gated = swiglu
+        if config.kernels == "triton":
+            from kernels.swiglu import swiglu as fused
+            self.gated = fused
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class Layer(nn.Module):
@@ -298,12 +350,13 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.kernels)
 
     def forward(self, x, rope, mask, cache=None, slots=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, slots)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), rope, mask, cache, slots)
+        y, x = self.post_attention_layernorm(attended, residual=x)  # x + attended, and its norm
+        return x + self.mlp(y)
 
 
 class Transformer(nn.Module):
@@ -315,7 +368,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = "none"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.kernels)
 
     def forward(self, input_ids, position_ids=None, cu_seqlens=None, kv_cache=None) -> Tensor:
         B, S = input_ids.shape
@@ -324,7 +377,10 @@ class Transformer(nn.Module):
             slots, mask = kv_cache.reserve(S)
         else:
             starts = None if cu_seqlens is None else segment_starts(cu_seqlens, B, S)
-            mask = attention_mask(S, self.config.sliding_window, starts, input_ids.device)
+            if self.config.attention == "triton":  # its kernel makes no mask; layers get the borders in its place
+                mask = None if cu_seqlens is None else document_ends(cu_seqlens, B, S)
+            else:
+                mask = attention_mask(S, self.config.sliding_window, starts, input_ids.device)
         if position_ids is None:
             position_ids = torch.arange(S, device=input_ids.device)[None]  # (1, S)
             if slots is not None:
@@ -352,7 +408,8 @@ def checkpointed(layer: nn.Module, x: Tensor, rope, mask, selective: bool) -> Te
         return checkpoint(layer, x, rope, mask, use_reentrant=False)
 
     def policy(context, operator, *args, **kwargs):
-        dear = any(name in str(operator) for name in ("aten.mm.", "aten.addmm.", "aten.bmm.", "scaled_dot_product"))
+        dear = any(name in str(operator) for name in ("aten.mm.", "aten.addmm.", "aten.bmm.", "scaled_dot_product",
+                                                             "glassbox.flash"))
         return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = partial(create_selective_checkpoint_contexts, policy)

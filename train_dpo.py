@@ -215,7 +215,7 @@ def check(args: Args) -> None:
         if not true:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
 
-    for name, later in dict(optimizer="adamw8bit", attention="triton", kernels="triton").items():
+    for name, later in dict(optimizer="adamw8bit").items():
         expect(getattr(args, name) != later, name, "not available yet")
     for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
         expect(getattr(args, name) >= 1, name, "must be at least 1")
@@ -237,7 +237,7 @@ def load(args: Args, folder: str, tokenizer) -> CausalLM:
     """A model in eval mode, and it stays there: dropout would blur the ratio."""
     model = checkpoint.load_chat_model(folder, tokenizer, args.template, seq_len=args.seq_len,
                                        dtype=torch.float64 if args.dtype == "float64" else torch.float32,
-                                       attention=args.attention)
+                                       attention=args.attention, kernels=args.kernels)
     model.model.activation_checkpointing = args.activation_checkpointing
     return model.eval()
 

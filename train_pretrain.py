@@ -113,7 +113,7 @@ PRESETS = {  # named after the size with the vocabulary that usually goes with t
         "3b": (3072, 8192, 28, 24, 8, 5e5, False, True),    # Llama 3.2 3B
         "8b": (4096, 14336, 32, 32, 8, 5e5, False, False),  # Llama 3 8B
     }.items()}
-SHAPE = {f.name for f in fields(Args)} & {f.name for f in fields(ModelConfig)} - {"vocab_size", "attention"}
+SHAPE = {f.name for f in fields(Args)} & {f.name for f in fields(ModelConfig)} - {"vocab_size", "attention", "kernels"}
 # A run is only itself with the same values of these; the other flags may change when it is resumed.
 FIXED = SHAPE | {"data", "val_data", "val_fraction", "tokenizer", "vocab_size", "seq_len", "document_mask", "model",
                  "replay", "replay_fraction", "preset", "global_batch_size", "optimizer", "seed"}
@@ -126,13 +126,24 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
+def batch_loss(model: CausalLM, input_ids, labels, cu_seqlens, counted: torch.Tensor) -> torch.Tensor:
+    """next_token_loss / counted, the global batch's (); 0 if that is. --kernels triton keeps no logits in memory.
+
+    counted is a tensor, for torch.compile would make code anew for each new number."""
+    if model.config.kernels == "torch":
+        return next_token_loss(model(input_ids, cu_seqlens=cu_seqlens), labels) / counted.clamp(min=1)
+    from kernels.cross_entropy import linear_cross_entropy
+    return linear_cross_entropy(model.hidden(input_ids, cu_seqlens=cu_seqlens), model.lm_head.weight, labels,
+                                num_tokens=counted)
+
+
 def check(args: Args) -> None:
     """Refuse what cannot work before any data is read. Raises ValueError with one line."""
     def expect(true: bool, name: str, rule: str) -> None:
         if not true:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
 
-    for name, later in dict(optimizer="adamw8bit", attention="triton", kernels="triton").items():
+    for name, later in dict(optimizer="adamw8bit").items():
         expect(getattr(args, name) != later, name, "not available yet")
     for name, degrees in dict(dp=(0, 1), tp=(1,), pp=(1,), cp=(1,), ep=(1,), zero=(0,)).items():
         expect(getattr(args, name) in degrees, name, "not available yet: training is one process for now")
@@ -148,6 +159,7 @@ def check(args: Args) -> None:
     expect(args.spike_action != "rollback" or args.save_every, "spike_action", "needs checkpoints: set --save_every")
     expect(args.tokenizer or args.model or args.vocab_size >= 256 + len(SPECIAL_TOKENS), "vocab_size",
            f"bytes and special tokens alone are {256 + len(SPECIAL_TOKENS)}")
+    expect(args.attention != "triton" or not args.attention_dropout, "attention", "has no dropout")
     expect(args.preset in PRESETS, "preset", f"choose from {', '.join(PRESETS)}")
     metrics.detect_device(args.device)
     if args.model:
@@ -165,7 +177,8 @@ def model_config(args: Args, vocab_size: int) -> ModelConfig:
         del shape["intermediate_size"]  # the preset's is for its own width
     if "num_attention_heads" in given:
         del shape["num_key_value_heads"]
-    return ModelConfig(vocab_size, max_position_embeddings=args.seq_len, attention=args.attention, **(shape | given))
+    return ModelConfig(vocab_size, max_position_embeddings=args.seq_len, attention=args.attention,
+                       kernels=args.kernels, **(shape | given))
 
 
 def build_model(args: Args, tokenizer) -> CausalLM:
@@ -175,7 +188,8 @@ def build_model(args: Args, tokenizer) -> CausalLM:
         model = CausalLM(model_config(args, tokenizer.vocab_size), args.seed).to(dtype)
         model.config.bos_token_id = model.config.eos_token_id = tokenizer.eos_token_id  # it stands before each document
     else:
-        model = checkpoint.load_model(checkpoint.find_checkpoint(args.model), dtype=dtype, attention=args.attention)
+        model = checkpoint.load_model(checkpoint.find_checkpoint(args.model), dtype=dtype, attention=args.attention,
+                                      kernels=args.kernels)
         if model.config.vocab_size < tokenizer.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, {args.model} {model.config.vocab_size}")
         if (known := model.config.max_position_embeddings) < args.seq_len:
@@ -222,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(args, tokenizer).to(device)
     optimizer = build_optimizer(args.optimizer, model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                 betas=(args.beta1, args.beta2))
-    forward = torch.compile(model) if args.compile else model
+    loss_of = torch.compile(batch_loss) if args.compile else batch_loss
     autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()
     flops, on_cpu = flops_per_token(model.config, args.seq_len), device.type == "cpu"
     peak = metrics.measured_peak_flops(args.dtype) if on_cpu else metrics.peak_flops(device, args.dtype)
@@ -265,12 +279,13 @@ def main(argv: list[str] | None = None) -> None:
         # Forward and backward, one micro batch after the other: each counted token of the global batch weighs the same.
         micro_batches = next(loader)
         counted = sum(int((labels != -100).sum()) for _, labels, _ in micro_batches)
+        denominator = torch.tensor(counted, dtype=model.lm_head.weight.dtype, device=device)
         loss = torch.zeros((), device=device)
         for input_ids, labels, cu_seqlens in micro_batches:
             whole = not args.document_mask or len(cu_seqlens) == len(input_ids) + 1  # no document begins inside a row
             with autocast:
-                logits = forward(input_ids.to(device), cu_seqlens=None if whole else cu_seqlens.to(device))
-            part = next_token_loss(logits, labels.to(device)) / max(counted, 1)
+                part = loss_of(model, input_ids.to(device), labels.to(device), None if whole else cu_seqlens.to(device),
+                               denominator)
             (part * state["loss_scale"]).backward()
             loss = loss + part.detach()
         if state["loss_scale"] != 1.0:

@@ -100,6 +100,20 @@ def sft_loss(logits: torch.Tensor, labels: torch.Tensor, prompt_weight: float = 
     return loss
 
 
+def batch_loss(model: CausalLM, input_ids, labels, cu_seqlens, weight: torch.Tensor, prompt_weight: float):
+    """sft_loss / weight, the global batch's (); 0 if that is. --kernels triton keeps no logits in memory.
+
+    weight is a tensor, for torch.compile would make code anew for each new number."""
+    if model.config.kernels == "torch":
+        return sft_loss(model(input_ids, cu_seqlens=cu_seqlens), labels, prompt_weight) / (weight + (weight == 0))
+    from kernels.cross_entropy import linear_cross_entropy
+    prompt = labels < -100
+    target = torch.where(prompt, -101 - labels if prompt_weight else -100, labels)
+    token_weight = torch.ones_like(labels, dtype=weight.dtype).masked_fill(prompt, prompt_weight)
+    return linear_cross_entropy(model.hidden(input_ids, cu_seqlens=cu_seqlens), model.lm_head.weight, target,
+                                token_weight=token_weight, num_tokens=weight)
+
+
 def weight_of(labels: torch.Tensor, prompt_weight: float) -> float:
     """What a batch counts for: its trained tokens, and its prompts' at their weight."""
     return int((labels >= 0).sum()) + prompt_weight * int((labels < -100).sum())
@@ -122,7 +136,7 @@ def check(args: Args) -> None:
         if not true:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
 
-    for name, later in dict(optimizer="adamw8bit", attention="triton", kernels="triton").items():
+    for name, later in dict(optimizer="adamw8bit").items():
         expect(getattr(args, name) != later, name, "not available yet")
     for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
         expect(getattr(args, name) >= 1, name, "must be at least 1")
@@ -173,7 +187,7 @@ def build_model(args: Args, tokenizer) -> CausalLM:
     """The model of --model in training mode, with what the flags add to its layers."""
     model = checkpoint.load_chat_model(args.model, tokenizer, args.template, seq_len=args.seq_len,
                                        dtype=torch.float64 if args.dtype == "float64" else torch.float32,
-                                       attention=args.attention)
+                                       attention=args.attention, kernels=args.kernels)
     model.model.activation_checkpointing = args.activation_checkpointing
     if args.neftune_alpha:
         model.model.embed_tokens.register_forward_hook(neftune(args.neftune_alpha))
@@ -215,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(args, tokenizer).to(device)
     optimizer = build_optimizer(args.optimizer, model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                 betas=(args.beta1, args.beta2))
-    forward = torch.compile(model) if args.compile else model
+    loss_of = torch.compile(batch_loss) if args.compile else batch_loss
     autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()
     flops, peak = flops_per_token(model.config, args.seq_len), metrics.peak_flops(device, args.dtype)
     print(f"{num_parameters(model.config):,} parameters, template {args.template}, {device}, {args.dtype}, "
@@ -248,11 +262,12 @@ def main(argv: list[str] | None = None) -> None:
 
         micro_batches = next(loader)
         weight = sum(weight_of(labels, args.prompt_loss_weight) for _, labels, _ in micro_batches)
+        weight = torch.tensor(weight, dtype=model.lm_head.weight.dtype, device=device)
         loss = torch.zeros((), device=device)
         for input_ids, labels, cu_seqlens in micro_batches:
             with autocast:
-                logits = forward(input_ids.to(device), cu_seqlens=cu_seqlens.to(device))
-            part = sft_loss(logits, labels.to(device), args.prompt_loss_weight) / (weight or 1)  # 0 if all is masked
+                part = loss_of(model, input_ids.to(device), labels.to(device), cu_seqlens.to(device), weight,
+                               args.prompt_loss_weight)
             (part * state["loss_scale"]).backward()
             loss = loss + part.detach()
         if state["loss_scale"] != 1.0:

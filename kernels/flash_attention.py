@@ -376,7 +376,7 @@ def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *mask):  # mask: softmax_sca
         if q.dtype != torch.float64:
             warnings.warn(f"no kernel for {q.dtype} on {q.device.type}; the PyTorch reference serves (slow)")
         if cu_seqlens_q is None:
-            return attention_reference(q, k, v, *mask)
+            return tuple(x.contiguous() for x in attention_reference(q, k, v, *mask))  # as the fake says
         for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
             o, s = attention_reference(q[None, rows], k[None, keys], v[None, keys], *mask)
             out[rows], lse[:, rows] = o[0], s[0]
@@ -400,7 +400,7 @@ def _attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if not _kernel_runs_on(q):
         if cu_seqlens_q is None:
-            return attention_backward_reference(dout, dlse, q, k, v, out, *mask)
+            return tuple(x.contiguous() for x in attention_backward_reference(dout, dlse, q, k, v, out, *mask))
         for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
             inputs = dout[None, rows], dlse[None, :, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows]
             dq[rows], dk[keys], dv[keys] = (x[0] for x in attention_backward_reference(*inputs, *mask))

@@ -536,3 +536,15 @@ def test_gpu_graph_capture_and_other_devices(gpu):
     assert torch.equal(out, expected)
     with pytest.raises(ValueError, match="cu_seqlens_q is on cpu"):
         flash_attn_varlen_func(q, k, v, cu.cpu(), cu, 412, 412)
+
+
+def test_operators_own_the_layout_that_compiled_graphs_expect():
+    """In float64 the references gave transposed results: a compiled model that views them as (B, S, hidden) failed."""
+    q, k, v = (torch.randn(2, 5, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def step(q, k, v):
+        return flash_attn_func(q, k, v, causal=True).view(2, 5, 32).sin().sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(q, k, v), (q, k, v)), torch.autograd.grad(step(q, k, v), (q, k, v))):
+        assert a.is_contiguous() and torch.equal(a, b)

@@ -53,7 +53,30 @@ def test_eager_and_sdpa_agree_in_logits_and_gradients(shape):
             close(p.grad, q.grad)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def logits_and_gradients(model, ids, cu_seqlens) -> list:
+    logits = model(ids, cu_seqlens=cu_seqlens)
+    return [logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))]
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 7, 24, 31, 48], [0, 7, 31, 48]], ids=str)  # a row ends at 24, said or not
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
+def test_kernels_agree_in_logits_and_gradients(shape, offsets, dtype, tolerance):
+    """float32 in Triton's interpreter (or on a GPU: the other tests' business); in float64 their references, wired the same."""
+    ids, cu_seqlens = tokens(2, 24), None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    truth = logits_and_gradients(tiny("eager", **shape), ids, cu_seqlens)
+    ours = logits_and_gradients(tiny("triton", kernels="triton", **shape).to(dtype), ids, cu_seqlens)
+    for a, b in zip(ours, truth):
+        close(a, b, tolerance * max(1.0, b.abs().max().item()))
+
+
+def test_kernel_without_dropout_refuses_it_in_training_only():
+    model, ids = tiny("triton", attention_dropout=0.1), tokens(1, 8)
+    close(model.eval()(ids), tiny("eager")(ids))
+    with pytest.raises(ValueError, match="dropout_p"):
+        model.train()(ids)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "triton"])
 def test_packed_documents_equal_single_ones_in_loss_and_gradients(shape, attention):
     model, ids = tiny(attention, **shape), tokens(2, 20)
     ends = [0, 3, 4, 17, 20, 29, 40]  # offsets over the flattened 2 x 20; the third row end (20) is one of them
@@ -171,7 +194,8 @@ def test_rms_norm_is_its_formula():
 def test_rope_is_a_rotation_of_complex_pairs():
     D, theta, positions = 6, 100.0, torch.tensor([[0, 1, 5, 1000]])
     x = torch.randn(1, 4, 2, D, dtype=torch.float64)
-    turned = m.apply_rope(x, *m.rope_tables(positions, D, theta, torch.float64))
+    turned, same = m.apply_rope(x, x[:, :, :1], *m.rope_tables(positions, D, theta, torch.float64))
+    assert torch.equal(same, turned[:, :, :1])
     for s, position in enumerate(positions[0].tolist()):
         for i in range(D // 2):
             z = torch.complex(x[0, s, :, i], x[0, s, :, i + D // 2])
@@ -309,7 +333,8 @@ def test_config_survives_the_way_to_hugging_face_and_back(shape):
     (dict(sliding_window=0), "at least 1"),
     (dict(model_type="llama", qk_norm=True), "no such combination"),
     (dict(model_type="gpt2"), "gpt2"),
-    (dict(attention="flash"), "choose eager or sdpa"),
+    (dict(attention="flash"), "choose eager, sdpa or triton"),
+    (dict(kernels="cuda"), "choose torch or triton"),
 ])
 def test_impossible_shapes_are_refused(change, complaint):
     with pytest.raises(ValueError, match=complaint):

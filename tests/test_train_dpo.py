@@ -190,7 +190,8 @@ def test_simpo_s_gamma_counts(base, pairs, tmp_path):
     assert a != b
 
 
-@pytest.mark.parametrize("change", [dict(micro_batch_size=1), dict(activation_checkpointing="full"), dict(attention="eager")], ids=str)
+@pytest.mark.parametrize("change", [dict(micro_batch_size=1), dict(activation_checkpointing="full"), dict(attention="eager"),
+                                    dict(attention="triton", kernels="triton")], ids=str)
 def test_flag_changes_the_way_not_the_result(base, pairs, tmp_path, change):
     plain, other = (train(base, pairs, tmp_path / name, dtype="float64", **c) for name, c in (("plain", {}), ("other", change)))
     assert losses(other) == pytest.approx(losses(plain), abs=1e-9)
@@ -230,7 +231,7 @@ def test_equal_answers_are_skipped_and_counted(base, pairs, tmp_path, capsys):
     (dict(beta=0.0), "must be above 0"), (dict(label_smoothing=0.5), "below 0.5"), (dict(model="nowhere"), "nowhere"),
     (dict(label_smoothing=0.1, loss_type="ipo"), "no meaning for --loss_type ipo"), (dict(ref_model="nowhere"), "nowhere"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl"), (dict(template="gpt"), "choose from chatml"), (dict(seq_len=99), "knows 48"),
-    (dict(kernels="triton"), "not available yet"), (dict(reference="later"), "later"),
+    (dict(reference="later"), "later"),
 ], ids=str)
 def test_bad_flags_are_refused(base, pairs, tmp_path, change, complaint):
     with pytest.raises((ValueError, OSError), match=complaint):

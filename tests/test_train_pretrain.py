@@ -180,6 +180,24 @@ def test_flag_changes_the_training(text, tmp_path, change, baseline=[]):
     assert changed != baseline[0]
 
 
+@pytest.mark.parametrize("change", [{}, dict(activation_checkpointing="selective"), dict(compile=True)], ids=str)
+def test_kernels_give_the_same_run(text, tmp_path, change, monkeypatch):
+    real = torch.compile  # Inductor would compile C++ for a minute; the graph is the same
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="aot_eager"))
+    plain = train(text, tmp_path / "plain", dtype="float64", max_steps=3, eval_every=3)
+    ours = train(text, tmp_path / "ours", dtype="float64", max_steps=3, eval_every=3, attention="triton", kernels="triton", **change)
+    for kind in ("train", "eval"):
+        assert losses(ours, kind) == pytest.approx(losses(plain, kind), abs=1e-9)
+    assert [row["grad_norm"] for row in rows(ours)] == pytest.approx([row["grad_norm"] for row in rows(plain)], abs=1e-9)
+
+
+def test_kernels_in_float32_stay_close(text, tmp_path):
+    """In Triton's interpreter where there is no GPU: the kernels themselves, the fused loss included."""
+    runs = [train(text, tmp_path / name, max_steps=2, attention=attention, kernels=name)
+            for name, attention in (("torch", "sdpa"), ("triton", "triton"))]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=1e-5)
+
+
 def test_eager_and_sdpa_give_the_same_run_by_different_code(text, tmp_path, monkeypatch):
     import model
     calls = []
@@ -388,14 +406,13 @@ def test_going_on_from_a_model_starts_at_its_loss_and_mixes_replayed_text(text, 
 
 @pytest.mark.parametrize("change, complaint", [
     (dict(data="no_such_file.txt"), "no_such_file.txt"),
+    (dict(attention="triton", attention_dropout=0.1), "--attention triton: has no dropout"),
     (dict(tp=2), "--tp 2: not available yet"),
     (dict(pp=2), "--pp 2: not available yet"),
     (dict(cp=2), "--cp 2: not available yet"),
     (dict(ep=2), "--ep 2: not available yet"),
     (dict(dp=2), "--dp 2: not available yet"),
     (dict(zero=1), "--zero 1: not available yet"),
-    (dict(kernels="triton"), "--kernels triton: not available yet"),
-    (dict(attention="triton"), "--attention triton: not available yet"),
     (dict(optimizer="adamw8bit"), "--optimizer adamw8bit: not available yet"),
     (dict(preset="7t"), "choose from 1m"),
     (dict(num_attention_heads=3), "no multiple of num_attention_heads 3"),
