@@ -30,6 +30,7 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
                   ("strings compared", "strings", ",d"), ("unequal", "unequal", "d")],
     "real_files": [("file", "file", ""), ("stage", "stage", ""), ("updates", "steps", "d"),
                    ("held-out loss before", "loss_before", ".3f"), ("after", "loss_after", ".3f"),
+                   ("reward accuracy", "reward_accuracy", ".1%"),
                    ("preference accuracy before", "accuracy_before", ".1%"), ("after", "accuracy_after", ".1%")],
     "loader": [("sequence length", "seq_len", "d"), ("batch size", "batch_size", "d"),
                ("million tokens/s, one core", "million_tokens_per_second", ".0f")],
