@@ -11,30 +11,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernel_checks import DEVICE, dirty_memory, half_rule, random  # noqa: F401  the fixture is used
 from kernels import int4
 from kernels.int4 import (Int4, int4_dequantize, int4_dequantize_reference, int4_linear, int4_linear_reference,
                           int4_pack, int4_quantize, int4_unpack)
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # without a GPU the kernels are interpreted
-
-
-@pytest.fixture(autouse=True)
-def dirty_memory():
-    """Fill what torch.empty gives with NaN: a kernel that leaves a place unwritten is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def half_rule(ours, same_dtype, truth):
-    """flash-attention's: at most twice the error that plain PyTorch makes in the same dtype."""
-    truth = truth.float()
-    rounding = 2 * ((truth.to(ours.dtype) + 0.3 - 0.3).float() - truth).abs().max()
-    assert (ours.float() - truth).abs().max() <= 2 * (same_dtype.float() - truth).abs().max() + rounding
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- format

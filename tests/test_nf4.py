@@ -8,30 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernel_checks import DEVICE, dirty_memory, half_rule, random as weight  # noqa: F401  the fixture is used
 from kernels import nf4
 from kernels.nf4 import (NF4_LEVELS, dynamic_map, nf4_dequantize, nf4_dequantize_reference, nf4_linear,
                          nf4_linear_reference, nf4_quantize, nf4_quantize_reference)
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # without a GPU the kernels are interpreted
-
-
-@pytest.fixture(autouse=True)
-def dirty_memory():
-    """Fill what torch.empty gives with NaN: a kernel that leaves a place unwritten is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def half_rule(ours, same_dtype, truth):
-    """flash-attention's: at most twice the error that plain PyTorch makes in the same dtype."""
-    truth = truth.float()
-    rounding = 2 * ((truth.to(ours.dtype) + 0.3 - 0.3).float() - truth).abs().max()
-    assert (ours.float() - truth).abs().max() <= 2 * (same_dtype.float() - truth).abs().max() + rounding
-
-
-def weight(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- format

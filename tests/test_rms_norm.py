@@ -7,28 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import kernel_checks
+from kernel_checks import DEVICE, HALF, assert_close, dirty_memory, random  # noqa: F401  the fixture is used
 from kernels import rms_norm as module
 from kernels.rms_norm import rms_norm, rms_norm_op, rms_norm_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the kernels run in Triton's interpreter
-RUNS = DEVICE == "cuda" or module.INTERPRETED
-needs_kernel = pytest.mark.skipif(not RUNS, reason="needs Triton, and TRITON_INTERPRET=1 without a GPU")
-HALF = torch.float16  # the interpreter computes bfloat16 wrongly; the gpu tests have it
-
-
-@pytest.fixture(autouse=True)
-def dirty_memory(monkeypatch):
-    """Whatever the kernel forgets to write is NaN."""
-    empty = torch.empty
-
-    def dirty(*size, **options):
-        tensor = empty(*size, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-    monkeypatch.setattr(torch, "empty", dirty)
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+needs_kernel = kernel_checks.needs_kernel(module)
 
 
 def outputs_and_gradients(function, x, weight, residual=None, dtype=None, **options):
@@ -38,12 +22,6 @@ def outputs_and_gradients(function, x, weight, residual=None, dtype=None, **opti
     out = out if isinstance(out, tuple) else (out,)
     upstream = [random(*x.shape, seed=9 + i).to(o.dtype) for i, o in enumerate(out)]
     return [*out, *torch.autograd.grad(out, leaves, upstream)]
-
-
-def assert_close(ours, truth, tolerances):
-    for index, (a, b) in enumerate(zip(ours, truth, strict=True)):
-        assert a.shape == b.shape
-        assert not a.isnan().any() and (not a.numel() or (a - b).abs().max() <= tolerances[index]), index
 
 
 # ---- the reference
@@ -211,7 +189,7 @@ def test_activation_checkpointing_changes_nothing():
 def test_autocast_leaves_it_alone():
     inputs = random(6, 32), random(32, seed=1), random(6, 32, seed=2)
     plain = outputs_and_gradients(rms_norm, *inputs)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert_close(outputs_and_gradients(rms_norm, *inputs), plain, [0] * 5)
 
 

@@ -7,29 +7,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import kernel_checks
 import model
+from kernel_checks import DEVICE, HALF, assert_close, dirty_memory, random  # noqa: F401  the fixture is used
 from kernels import rope as module
 from kernels.rope import apply_rope, rope_op, rope_reference, rope_tables, token_positions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the kernels run in Triton's interpreter
-RUNS = DEVICE == "cuda" or module.INTERPRETED
-needs_kernel = pytest.mark.skipif(not RUNS, reason="needs Triton, and TRITON_INTERPRET=1 without a GPU")
-HALF = torch.float16  # the interpreter computes bfloat16 wrongly; the gpu tests have it
-
-
-@pytest.fixture(autouse=True)
-def dirty_memory(monkeypatch):
-    """Whatever the kernel forgets to write is NaN."""
-    empty = torch.empty
-
-    def dirty(*size, **options):
-        tensor = empty(*size, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-    monkeypatch.setattr(torch, "empty", dirty)
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+needs_kernel = kernel_checks.needs_kernel(module)
 
 
 def tables(position_ids, head_dim, dtype=torch.float32):
@@ -42,12 +26,6 @@ def outputs_and_gradients(function, q, k, *rest, dtype=None):
     out = function(q, k, *rest)
     upstream = [random(*t.shape, seed=9 + i).to(t.dtype) for i, t in enumerate(out)]
     return [*out, *torch.autograd.grad(out, (q, k), upstream)]
-
-
-def assert_close(ours, truth, tolerances=(1e-5, 1e-5, 1e-4, 1e-4)):
-    for index, (a, b) in enumerate(zip(ours, truth, strict=True)):
-        assert a.shape == b.shape
-        assert not a.isnan().any() and (not a.numel() or (a - b).abs().max() <= tolerances[index]), index
 
 
 # ---- the reference, tables and positions
@@ -249,7 +227,7 @@ def test_activation_checkpointing_and_autocast_change_nothing():
     plain = outputs_and_gradients(apply_rope, q, k, *rope)
     again = outputs_and_gradients(lambda *a: checkpoint(apply_rope, *a, use_reentrant=False), q, k, *rope)
     assert_close(again, plain, [0] * 4)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert_close(outputs_and_gradients(apply_rope, q, k, *rope), plain, [0] * 4)
 
 

@@ -7,28 +7,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import kernel_checks
+from kernel_checks import DEVICE, HALF, assert_close, dirty_memory, random  # noqa: F401  the fixture is used
 from kernels import swiglu as module
 from kernels.swiglu import swiglu, swiglu_op, swiglu_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the kernels run in Triton's interpreter
-RUNS = DEVICE == "cuda" or module.INTERPRETED
-needs_kernel = pytest.mark.skipif(not RUNS, reason="needs Triton, and TRITON_INTERPRET=1 without a GPU")
-HALF = torch.float16  # the interpreter computes bfloat16 wrongly; the gpu tests have it
-
-
-@pytest.fixture(autouse=True)
-def dirty_memory(monkeypatch):
-    """Whatever the kernel forgets to write is NaN."""
-    empty = torch.empty
-
-    def dirty(*size, **options):
-        tensor = empty(*size, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-    monkeypatch.setattr(torch, "empty", dirty)
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+needs_kernel = kernel_checks.needs_kernel(module)
 
 
 def output_and_gradients(function, gate, up, dy=None, dtype=None):
@@ -36,12 +20,6 @@ def output_and_gradients(function, gate, up, dy=None, dtype=None):
     gate, up = (t.detach().to(dtype or t.dtype).requires_grad_() for t in (gate, up))
     y = function(gate, up)
     return [y, *torch.autograd.grad(y, (gate, up), (random(*y.shape, seed=9) if dy is None else dy).to(y.dtype))]
-
-
-def assert_close(ours, truth, tolerances):
-    for index, (a, b) in enumerate(zip(ours, truth, strict=True)):
-        assert a.shape == b.shape
-        assert not a.isnan().any() and (not a.numel() or (a - b).abs().max() <= tolerances[index]), index
 
 
 @pytest.mark.parametrize("function", [swiglu, swiglu_reference])
@@ -141,7 +119,7 @@ def test_activation_checkpointing_and_autocast_change_nothing():
     inputs = random(6, 32), random(6, 32, seed=1)
     plain = output_and_gradients(swiglu, *inputs)
     assert_close(output_and_gradients(lambda *a: checkpoint(swiglu, *a, use_reentrant=False), *inputs), plain, [0] * 3)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert_close(output_and_gradients(swiglu, *inputs), plain, [0] * 3)
 
 
