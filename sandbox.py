@@ -17,23 +17,25 @@ is just output; and no frame hides a nonce to be found, because there is none. W
 
 `Result.guards` says which were in force. This is no security boundary: a hole in the kernel is open to the program; the
 hook alone (macOS and Windows, where memory and output may be unbounded too) holds only programs that do not look for a
-way around it; without namespaces (most containers) nothing but the hook keeps a program from reading the user's files.
+way around it; without namespaces (most containers) nothing but the hook keeps a program from what its user may read.
 The price: programs get the standard library alone (`python -I -S`); a right one that forks, opens a socket or writes a
 file fails; one that changes its arguments changes copies; a test cannot hand it a function.
 
     python sandbox.py program.py                     # run it; passed = exit status 0
     python sandbox.py program.py --test asserts.py   # passed = the test ran to its end; exit code 0 (1 if not)
 
-HumanEval (Chen et al. 2021, arXiv:2107.03374): check_solution(prompt + completion, test, entry_point=..., setup=prompt).
-MBPP (Austin et al. 2021, arXiv:2108.07732): check_solution(code, "\n".join(test_list), setup=test_setup_code).
+HumanEval (arXiv:2107.03374): check_solution(prompt + completion, test, entry_point=entry_point, setup=prompt).
+MBPP (arXiv:2108.07732): check_solution(code, "\n".join(test_list), setup=test_setup_code).
 """
 
+import argparse
 import ast
 import builtins
 import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -92,7 +94,7 @@ def run_program(program: str, *, stdin: str = "", timeout: float = 3.0, memory_b
 
 
 def run_batch(function: Callable[..., Result], jobs: list[dict], workers: int | None = None) -> list[Result]:
-    """[function(**job) for job in jobs], `workers` at a time (default: one per core): run_batch(check_solution, jobs)."""
+    """[function(**job) for job in jobs], `workers` at a time (default: one per core)."""
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(lambda job: function(**job), jobs))
@@ -107,8 +109,8 @@ def _supervise(job: dict, timeout: float, memory_bytes: int) -> Result:
     with tempfile.TemporaryFile() as file:
         file.write(json.dumps(job | {"timeout": timeout, "memory_bytes": memory_bytes}).encode())
         file.seek(0)
-        judge = subprocess.Popen(_python("--judge"), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-                                 env=environment, start_new_session=True)
+        judge = subprocess.Popen(_python("--judge"), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 bufsize=0, env=environment, start_new_session=True)
     try:
         guards = judge.stdout.readline()  # comes before anything of the program runs
         verdict, errors = judge.communicate(timeout=timeout)
@@ -250,7 +252,7 @@ def _judge() -> None:
         if job["entry_point"]:
             scope["candidate"] = scope[job["entry_point"]] = ask("get", root, job["entry_point"])
         exec(compile(job["test"], "<test>", "exec", dont_inherit=True), scope)
-        if job["entry_point"] and "check" in scope:
+        if job["entry_point"] and isinstance(scope.get("check"), types.FunctionType):  # else it is the program's
             scope["check"](scope["candidate"])
         ask("list", [])  # the candidate must be alive at the end, too
     except BaseException as error:  # sys.exit in the test is no pass either
@@ -265,8 +267,8 @@ def _judge() -> None:
 ATOMS = {int: (hex, lambda text: int(text, 16)),  # decimal digits would be limited to 4300
          float: (float.hex, float.fromhex), complex: (complex.__repr__, complex), bytes: (bytes.hex, bytes.fromhex)}
 CONTAINERS = (tuple, set, frozenset, dict)
-EXCEPTIONS = (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, LookupError, NameError, OSError,
-              NotImplementedError, OverflowError, RecursionError, RuntimeError, TypeError, ValueError, ZeroDivisionError, Exception)
+EXCEPTIONS = (ArithmeticError, AssertionError, AttributeError, Exception, IndexError, KeyError, LookupError, NameError,
+              NotImplementedError, OSError, OverflowError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 
 
 def _pack(value, other: Callable):
@@ -369,11 +371,11 @@ def _die_with_parent() -> None:
 
 def _hook() -> Callable:
     """An audit hook (PEP 578): what only a hostile program does ends the process, reading elsewhere is refused."""
-    fatal = ("os.chmod", "os.chown", "os.exec", "os.fork", "os.kill", "os.link", "os.mkdir", "os.posix_spawn", "os.remove",
-             "os.rename", "os.rmdir", "os.spawn", "os.startfile", "os.symlink", "os.system", "os.truncate", "os.utime",
-             "pty.", "socket.", "sqlite3.connect", "subprocess.", "ctypes.", "signal.pthread_kill", "winreg.", "_winapi.")
-    readable = (sys.base_prefix, sys.base_exec_prefix, os.path.abspath(__file__))
-    end, say, absolute, decode = os._exit, os.write, os.path.abspath, os.fsdecode  # the program may replace them in `os`
+    fatal = tuple("_winapi. ctypes. os.chmod os.chown os.exec os.fork os.kill os.link os.mkdir os.posix_spawn "
+                  "os.remove os.rename os.rmdir os.spawn os.startfile os.symlink os.system os.truncate os.utime pty. "
+                  "signal.pthread_kill socket. sqlite3.connect subprocess. winreg.".split())
+    readable = (sys.base_prefix + os.sep, sys.base_exec_prefix + os.sep, os.path.abspath(__file__))
+    end, say, absolute, decode = os._exit, os.write, os.path.abspath, os.fsdecode  # the program may replace those in os
 
     def hook(event, args):
         looks = event in ("open", "os.listdir", "os.scandir") and not isinstance(args[0], int)
@@ -381,7 +383,7 @@ def _hook() -> Callable:
         if writes or event.startswith(fatal):
             say(2, f"\nrefused: {event}{' for writing' if writes else ''}\n".encode())
             end(REFUSED)
-        if looks and not absolute(decode(args[0] or ".")).startswith(readable):
+        if looks and not (absolute(decode(args[0] or ".")) + "/").startswith(readable):
             raise PermissionError(f"programs may not read {args[0]}")
     return hook
 
@@ -399,8 +401,6 @@ def _isolate() -> str | None:
         if getattr(libc, name)(*args) == -1:
             raise OSError(ctypes.get_errno(), name)
     try:
-        with open(__file__, encoding="utf-8") as file:
-            source = file.read()
         ids = {"setgroups": "deny", "uid_map": f"65534 {os.getuid()} 1", "gid_map": f"65534 {os.getgid()} 1"}
         call("unshare", 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000)  # CLONE_NEW USER, NS, PID, NET, IPC
         for name, line in ids.items():  # inside, the user is nobody: a program started there has no powers
@@ -408,7 +408,7 @@ def _isolate() -> str | None:
                 file.write(line)
         call("mount", None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: the machine's mounts stay as they are
         root = "/proc"  # a folder that every Linux has, with nothing below it that Python needs
-        call("mount", b"tmpfs", root.encode(), b"tmpfs", 0, b"size=1m,mode=755")
+        call("mount", b"tmpfs", root.encode(), b"tmpfs", 0, b"size=4m,mode=755")
         prefixes = map(os.path.realpath, (sys.base_prefix, sys.base_exec_prefix))
         for path in ("/usr", "/lib", "/lib64", "/nix", *prefixes):
             if os.path.islink(path):
@@ -416,10 +416,12 @@ def _isolate() -> str | None:
             elif os.path.isdir(path) and not os.path.exists(root + path):
                 os.makedirs(root + path)
                 call("mount", path.encode(), (root + path).encode(), None, 0x5000, None)  # MS_BIND | MS_REC
-        with open(root + "/sandbox.py", "w", encoding="utf-8") as file:
-            file.write(source)
-        read_only = (ctypes.c_uint64 * 4)(3)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID
-        libc.syscall(442, -100, root.encode(), 0x8000, read_only, 32)  # mount_setattr, Linux 5.12; seccomp forbids it too
+        shutil.copyfile(__file__, root + "/sandbox.py")
+        if os.path.exists("/etc/ld.so.cache"):  # tells where shared libraries lie
+            os.mkdir(root + "/etc")
+            shutil.copyfile("/etc/ld.so.cache", root + "/etc/ld.so.cache")
+        read_only = (ctypes.c_uint64 * 4)(3)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, mount_setattr (Linux 5.12)
+        libc.syscall(442, -100, root.encode(), 0x8000, read_only, 32)  # older ones: seccomp forbids writing
         os.chroot(root), os.chdir("/")
         return "/sandbox.py"
     except OSError:
@@ -435,10 +437,10 @@ pipe 22 -, pipe2 293 59, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, m
 mprotect 10 226, mremap 25 216, madvise 28 233, membarrier 324 283, clone 56 220, futex 202 98, set_robust_list 273 99,
 set_tid_address 218 96, rseq 334 293, arch_prctl 158 -, prctl 157 167, sched_yield 24 124, sched_getaffinity 204 123,
 getcpu 309 168, exit 60 93, exit_group 231 94, wait4 61 260, waitid 247 95, restart_syscall 219 128, alarm 37 -,
-rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, setitimer 38 103, getitimer 36 102,
-getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177,
-getrlimit 97 163, prlimit64 302 261, getrusage 98 165, sysinfo 99 179, uname 63 160, umask 95 166, times 100 153,
-time 201 -, gettimeofday 96 169, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101,
+rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, setitimer 38 103,
+getitimer 36 102, getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176,
+getegid 108 177, getrlimit 97 163, prlimit64 302 261, getrusage 98 165, sysinfo 99 179, uname 63 160, umask 95 166,
+times 100 153, time 201 -, gettimeofday 96 169, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101,
 getrandom 318 278"""
 CONDITIONS = {  # name: (argument, mask, value): permitted only if argument & mask == value
     "open": (1, WRITE, 0), "openat": (2, WRITE, 0), "clone": (0, 0x10000, 0x10000),  # CLONE_THREAD: no new process
@@ -455,7 +457,7 @@ def _filter_system_calls() -> bool:
     load, equal, at_least, mask, give = 0x20, 0x15, 0x35, 0x54, 0x06  # A = word k; skip jt or jf; A &= k; return k
     code = [(load, 0, 0, 4), (equal, 1, 0, 0xC000003E if machine == "x86_64" else 0xC00000B7), (give, 0, 0, kill),
             (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (give, 0, 0, kill),  # the x32 twins of the calls
-            (at_least, 0, 1, 424), (give, 0, 0, no_such_call)]  # newer than 2019: the C library falls back on older ones
+            (at_least, 0, 1, 424), (give, 0, 0, no_such_call)]  # newer than 2019: the C library then takes older ones
     for name, *numbers in map(str.split, SYSTEM_CALLS.split(",")):
         number, (argument, bits, value) = numbers[machine == "aarch64"], CONDITIONS.get(name, (0, 0, 0))
         if number != "-":
@@ -469,22 +471,22 @@ def _filter_system_calls() -> bool:
 
 
 def main() -> int:
-    import argparse
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", help="Python file to run; what this process reads on stdin is its stdin")
-    parser.add_argument("--test", help="Python file of asserts over what the program defines")
+    parser.add_argument("program", type=Path, help="Python file to run, with the stdin of this process")
+    parser.add_argument("--test", type=Path, help="Python file of asserts over what the program defines")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds (default: 3)")
     args = parser.parse_args()
     try:
-        program, test = (path and Path(path).read_text(encoding="utf-8") for path in (args.program, args.test))
-        stdin = "" if args.test or sys.stdin.isatty() else sys.stdin.read()
-        result = (check_solution(program, test, timeout=args.timeout) if args.test else
-                  run_program(program, stdin=stdin, timeout=args.timeout))
+        program = args.program.read_text(encoding="utf-8")
+        if args.test:
+            result = check_solution(program, args.test.read_text(encoding="utf-8"), timeout=args.timeout)
+        else:
+            result = run_program(program, stdin="" if sys.stdin.isatty() else sys.stdin.read(), timeout=args.timeout)
     except (OSError, ValueError) as error:
         print("error:", error, file=sys.stderr)
         return 2
     print(result.output, end=""), print(result.errors, end="", file=sys.stderr)
-    print(f"{result.status}{': ' * bool(result.detail)}{result.detail}   (guards: {', '.join(result.guards)})")
+    print(f"{result.status}: {result.detail or 'to the end'}   (guards: {', '.join(result.guards)})")
     return 0 if result.passed else 1
 
 

@@ -105,25 +105,38 @@ def processes_of(text: str) -> list[str]:
 
 def children() -> list[str]:
     """Processes of this test run's sandboxes that live, waiting a moment for a killed one to be gone."""
-    for _ in range(100):
+    for _ in range(400):
         if not (alive := [line for role in ("--judge", "--candidate") for line in processes_of("sandbox.py " + role)]):
             return []
         time.sleep(0.05)
     return alive
 
 
+def without(guards: dict[str, str], folder: Path) -> str:
+    """Path of a copy of sandbox.py in which each piece of source is replaced by another."""
+    source = Path(sandbox.__file__).read_text(encoding="utf-8")
+    for old, new in guards.items():
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (folder / "sandbox.py").write_text(source, encoding="utf-8")
+    return str(folder / "sandbox.py")
+
+
+NO_NAMESPACES = {"if file := _isolate():": "if file := None:"}
+NO_SECCOMP = {"filtered = _filter_system_calls()": "filtered = False"}
+NO_HOOK = {"    sys.addaudithook(_hook())\n": ""}
+
+
 @pytest.fixture(scope="module")
 def hostile_results(tmp_path_factory):
-    """Every hostile program run once, two at a time, with what temporary folder and processes looked like after."""
-    folder = tmp_path_factory.mktemp("scratch")
-    before = os.getcwd(), set(os.listdir(tempfile.gettempdir()))
+    """Every hostile program run once, two at a time, in a folder of its own, which is returned too."""
+    folder, home = tmp_path_factory.mktemp("scratch"), os.getcwd()
     os.chdir(folder)
     try:
         jobs = [dict(program=program, test=TEST, timeout=1.0, memory_bytes=256 << 20) for program in HOSTILE.values()]
-        results = dict(zip(HOSTILE, run_batch(check_solution, jobs, workers=2)))
+        return dict(zip(HOSTILE, run_batch(check_solution, jobs, workers=2))), folder
     finally:
-        os.chdir(before[0])
-    return results, folder
+        os.chdir(home)
 
 
 @linux
@@ -138,6 +151,20 @@ def test_nothing_survives_hostile_programs(hostile_results):
     assert children() == [] and processes_of("sleep 1000") == []
     assert os.listdir(hostile_results[1]) == []
     assert not os.path.lexists("/tmp/left_behind") and not os.path.lexists("/tmp/left_behind.txt")
+
+
+@linux
+@pytest.mark.parametrize("missing", [NO_NAMESPACES, NO_NAMESPACES | NO_SECCOMP, NO_NAMESPACES | NO_HOOK],
+                         ids=["as in a container", "as on macOS", "no hook either"])
+def test_fewer_guards_hold_too(missing, monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "__file__", without(missing, tmp_path))
+    names = [name for name in HOSTILE if HOSTILE[name].endswith(RIGHT)]  # those that would pass if nobody minded
+    names.remove("channel closed")
+    jobs = [dict(program=HOSTILE[name], test=TEST) for name in names]
+    results = run_batch(check_solution, jobs, workers=2)
+    assert {result.status for result in results} <= {"forbidden", "flooded"}, dict(zip(names, results))
+    assert check_solution(RIGHT, TEST).passed
+    assert children() == [] and processes_of("sleep 1000") == []
 
 
 @linux
@@ -166,9 +193,7 @@ def test_verdicts_say_why(hostile_results):
                                   "__import__('fcntl').fcntl(0, 8, os.getppid())", "os.chroot('/')", "os.symlink('/', '/tmp/left_behind')"])
 def test_the_kernel_refuses_where_the_hook_does_not(call, monkeypatch, tmp_path):
     """The hook switched off, as a program that found a way round it would have it."""
-    source = Path(sandbox.__file__).read_text(encoding="utf-8").replace("sys.addaudithook(_hook())", "pass")
-    (tmp_path / "sandbox.py").write_text(source)
-    monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
+    monkeypatch.setattr(sandbox, "__file__", without(NO_HOOK, tmp_path))
     result = check_solution(f"import os\ntry:\n    {call}\nexcept Exception:\n    pass\n{RIGHT}", TEST)
     assert result.status == "forbidden" and "system call" in result.detail, result
     assert not os.path.lexists("/tmp/left_behind")
@@ -261,6 +286,7 @@ def test_the_program_cannot_replace_what_the_test_relies_on():
     assert not check_solution(program, test).passed
     assert not check_solution(program, "assert isclose(root(4.0), 2.0)", setup="from math import isclose").passed
     assert check_solution("def sum(a, b):\n    return a * b", "assert sum(3, 4) == 12", entry_point="sum").passed
+    assert check_solution("def check(a):\n    return a > 1", "assert check(2) and not check(1)", entry_point="check").passed
 
 
 def test_changing_an_argument_changes_a_copy():
@@ -354,6 +380,6 @@ def test_command_line(tmp_path):
         return subprocess.run([sys.executable, sandbox.__file__, *words], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert run("p.py").returncode == 0
     good, bad, missing = run("p.py", "--test", "t.py"), run("p.py", "--test", "w.py"), run("q.py")
-    assert good.returncode == 0 and good.stdout.startswith("passed   (guards: ")
+    assert good.returncode == 0 and good.stdout.startswith("passed: to the end   (guards: hook")
     assert bad.returncode == 1 and bad.stdout.startswith("failed: AssertionError in line 3 of the test: assert add(1, 1) == 3")
     assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
