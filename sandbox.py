@@ -106,6 +106,7 @@ def _supervise(job: dict, timeout: float, memory_bytes: int) -> Result:
         raise ValueError(f"timeout {timeout} s must lie in (0, 1e6), memory_bytes {memory_bytes} be {64 << 20} or more")
     keep = ("SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "LD_LIBRARY_PATH")  # the least that a Python may need to start
     environment = {name: os.environ[name] for name in keep if name in os.environ}
+    environment["HOME"] = os.path.abspath(os.sep)  # else libraries look for it by a socket (zoneinfo, sysconfig)
     with tempfile.TemporaryFile() as file:
         file.write(json.dumps(job | {"timeout": timeout, "memory_bytes": memory_bytes}).encode())
         file.seek(0)
@@ -440,8 +441,8 @@ getcpu 309 168, exit 60 93, exit_group 231 94, wait4 61 260, waitid 247 95, rest
 rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, setitimer 38 103,
 getitimer 36 102, getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176,
 getegid 108 177, getrlimit 97 163, prlimit64 302 261, getrusage 98 165, sysinfo 99 179, uname 63 160, umask 95 166,
-times 100 153, time 201 -, gettimeofday 96 169, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101,
-getrandom 318 278"""
+times 100 153, time 201 -, gettimeofday 96 169, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115,
+nanosleep 35 101, getrandom 318 278"""
 CONDITIONS = {  # name: (argument, mask, value): permitted only if argument & mask == value
     "open": (1, WRITE, 0), "openat": (2, WRITE, 0), "clone": (0, 0x10000, 0x10000),  # CLONE_THREAD: no new process
     "fcntl": (1, 8, 0),  # neither F_SETOWN nor F_SETSIG: signals to others

@@ -307,7 +307,7 @@ def test_dataclasses_and_threads_work():
 def test_standard_library_is_at_hand_under_every_guard():
     names = ("array asyncio bisect calendar cmath collections contextlib copy csv datetime decimal difflib fractions functools hashlib heapq "
              "html inspect io itertools json logging math numbers operator random re secrets statistics string struct textwrap time "
-             "typing unicodedata uuid zlib sqlite3 ssl bz2 lzma xml.etree.ElementTree concurrent.futures").split()
+             "doctest sysconfig zoneinfo typing unicodedata uuid zlib sqlite3 ssl bz2 lzma xml.etree.ElementTree concurrent.futures").split()
     program = f"import {', '.join(names)}\nrandom.shuffle([1, 2]); print(time.strftime('%Y') > '2000', hashlib.sha256(b'').hexdigest()[:4]," \
               " len(uuid.uuid4().hex), decimal.Decimal(1) / 3 > 0)"
     result = run_program(program, timeout=20)
