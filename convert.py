@@ -35,8 +35,8 @@ from torch import Tensor
 from checkpoint import atomic_file, find_checkpoint, load_model, save_model, sync_folder, write_json
 from cli import parse, run
 from data.gguf_file import MAGIC, dequantize, fitting_kind, read_gguf, write_gguf
-from data.pieces import (CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, llama2c_of_pieces, model_of_pieces,
-                         pieces_of_llama2c, pieces_of_model)
+from data.pieces import (CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, json_of_pieces, llama2c_of_pieces,
+                         model_of_pieces, pieces_of_json, pieces_of_llama2c, pieces_of_model)
 from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN, SentencePieceTokenizer,
                             Tokenizer, load_tokenizer)
 from model import CausalLM, ModelConfig, rope_tables
@@ -64,15 +64,18 @@ def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", att
     path = Path(path)
     if path.is_dir():
         return load_model(find_checkpoint(path), dtype=dtype, device=device, attention=attention)
-    config, tensor_of = (_open_gguf if _kind_of(path) == "gguf" else _open_llama2c)(path)
+    config, names, tensor_of = (_open_gguf if _kind_of(path) == "gguf" else _open_llama2c)(path)
     try:
         config = dataclasses.replace(ModelConfig.from_hf(config), attention=attention)
-    except (ValueError, TypeError) as error:
+        with torch.device("meta"):  # shapes only
+            model = CausalLM(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: no model can be built from its header: {error}") from None
-    with torch.device("meta"):  # shapes only
-        model = CausalLM(config)
-    weights = {}
-    for name, parameter in model.named_parameters():
+    weights, parameters = {}, dict(model.named_parameters())
+    for what, odd in (("missing", parameters.keys() - names), ("unknown", names - parameters.keys())):
+        if odd:
+            raise ValueError(f"{path}: {what} tensors: {', '.join(sorted(odd)[:4])}" + ", ..." * (len(odd) > 4))
+    for name, parameter in parameters.items():
         weight = tensor_of(name)
         if weight.shape != parameter.shape:
             raise ValueError(f"{path}: {name} is {list(weight.shape)}, but {list(parameter.shape)} by its header")
@@ -93,7 +96,7 @@ def load_pretrained_tokenizer(path) -> Tokenizer | None:
             return None
     if _kind_of(path) == "gguf":
         return _tokenizer_from_gguf(path, read_gguf(path)[0])
-    config, _ = _open_llama2c(path)
+    config, _, _ = _open_llama2c(path)
     for name in ("tokenizer.bin", f"tok{config['vocab_size']}.bin"):
         if (file := path.with_name(name)).is_file():
             try:
@@ -113,12 +116,24 @@ def save_pretrained(model: CausalLM, directory, tokenizer: Tokenizer | None = No
     try:
         temporary.mkdir()
         save_model(temporary, model, tokenizer)
+        if (temporary / "tokenizer.model").exists() and not (temporary / "tokenizer.json").exists():
+            _write_json_of_sentencepiece(temporary, tokenizer)
         if directory.exists():
             directory.rmdir()
         os.replace(temporary, directory)
         sync_folder(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_json_of_sentencepiece(folder: Path, tokenizer: Tokenizer) -> None:
+    """tokenizer.json beside a tokenizer.model, and tokenizer_config.json: what transformers reads."""
+    pieces = pieces_of_model((folder / "tokenizer.model").read_bytes())
+    ends = {f"{end}_token": pieces.tokens[i] for end, i in pieces.ids.items()}
+    template = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
+    write_json(folder / "tokenizer.json", json_of_pieces(pieces))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                                  "clean_up_tokenization_spaces": False} | ends | template)
 
 
 def _kind_of(path: Path) -> str:
@@ -188,8 +203,8 @@ def _llama2c_layout(config: dict, version: int) -> list[tuple[str, tuple[int, ..
     return found
 
 
-def _open_llama2c(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
-    """(the config as Hugging Face's, the function that reads the tensor of a Hugging Face name)."""
+def _open_llama2c(path: Path) -> tuple[dict, set[str], Callable[[str], Tensor]]:
+    """(config, names of the tensors, the function that reads one), with Hugging Face's names and order of rows."""
     with open(path, "rb") as file:
         header = file.read(256)
     version, start = 0, 28
@@ -201,7 +216,8 @@ def _open_llama2c(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
         raise ValueError(f"{path}: not a llama2.c model: {len(header)} bytes")
     dim, hidden, layers, heads, kv_heads, vocab, seq = sizes = struct.unpack_from("<7i", header)
     tied = header[28] == 1 if version else vocab > 0
-    if not all(0 < abs(n) < 1 << 24 for n in sizes) or min(sizes[:5]) < 1 or seq < 1 or dim % heads or heads % kv_heads:
+    sound = all(0 < n < 1 << 24 for n in (dim, hidden, layers, heads, kv_heads, abs(vocab), seq)) and layers < 1 << 12
+    if not sound or dim % heads or heads % kv_heads:
         raise ValueError(f"{path}: not a llama2.c model (nor GGUF): its first numbers are {sizes}")
     config = {"model_type": "llama", "vocab_size": abs(vocab), "hidden_size": dim, "intermediate_size": hidden,
               "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
@@ -220,7 +236,7 @@ def _open_llama2c(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
         numbers = np.fromfile(path, "<f4", math.prod(shape), offset=offset)
         return reordered(name, torch.from_numpy(numbers).view(shape), config, half_split)
 
-    return config, tensor_of
+    return config, offsets.keys() - {"rope"}, tensor_of
 
 
 def write_llama2c(path, model: CausalLM, version: int = 0) -> None:
@@ -278,6 +294,15 @@ def gguf_name(name: str) -> str:
     return f"{next(short for short, long in GGUF_TENSORS.items() if long == stem)}.{ending}"
 
 
+def hf_name(name: str) -> str:
+    """The inverse of gguf_name; a name that is in neither table stays."""
+    stem, _, ending = name.rpartition(".")
+    if stem.startswith("blk.") and stem.count(".") == 2:
+        _, layer, part = stem.split(".")
+        return f"model.layers.{layer}.{GGUF_LAYER[part]}.{ending}" if part in GGUF_LAYER else name
+    return f"{GGUF_TENSORS[stem]}.{ending}" if stem in GGUF_TENSORS else name
+
+
 def write_model_gguf(path, model: CausalLM, tokenizer: Tokenizer | None = None, kind: str | None = None) -> None:
     """Write a GGUF file. kind: a name in FILE_TYPES for the matrices, None for what is nearest to the model's dtype.
 
@@ -314,7 +339,7 @@ def write_model_gguf(path, model: CausalLM, tokenizer: Tokenizer | None = None, 
     write_gguf(path, metadata, tensors)
 
 
-def _open_gguf(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
+def _open_gguf(path: Path) -> tuple[dict, set[str], Callable[[str], Tensor]]:
     """As _open_llama2c."""
     metadata, tensors = read_gguf(path)
     arch = metadata.get("general.architecture")
@@ -330,6 +355,9 @@ def _open_gguf(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
             raise ValueError(f"{path}: {key} is {value}, but {name} is {config[name]} elsewhere in it")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: missing tensors: token_embd.weight")
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("blk.")})
+    if config.get("num_hidden_layers") != layers:
+        raise ValueError(f"{path}: {arch}.block_count is {config.get('num_hidden_layers')}, but it has {layers} blocks")
     config.setdefault("vocab_size", tensors["token_embd.weight"].shape[0])
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors
@@ -343,17 +371,12 @@ def _open_gguf(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
                "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id")}
     halves = {"F16": torch.float16, "BF16": torch.bfloat16}  # a file of these gives a model of these, its F32 norms too
     dtype = halves.get(tensors["token_embd.weight"].kind, torch.float32)
-    unread = set(tensors)
 
     def tensor_of(name: str) -> Tensor:
-        theirs = gguf_name(name)
-        if theirs not in tensors:
-            raise ValueError(f"{path}: missing tensors: {theirs}")
-        unread.discard(theirs)
-        weight = torch.from_numpy(dequantize(tensors[theirs])).to(dtype)
+        weight = torch.from_numpy(dequantize(tensors[gguf_name(name)])).to(dtype)
         return reordered(name, weight, config, half_split) if arch == "llama" else weight
 
-    return config, tensor_of
+    return config, set(map(hf_name, tensors)), tensor_of
 
 
 def _without_effect(arch: str) -> list[tuple]:
@@ -376,19 +399,18 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def pieces_of(tokenizer: Tokenizer) -> Pieces:
-    """ValueError: a tokenizer that is no sentencepiece model of the kind BPE."""
-    files = tokenizer_files(tokenizer)
-    if "tokenizer.model" not in files:
-        raise ValueError("llama2.c reads sentencepiece tokenizers only")
-    return pieces_of_model(files["tokenizer.model"])
+def _pieces(files: dict[str, bytes]) -> Pieces | None:
+    """What a sentencepiece tokenizer consists of, from its files; None for another kind."""
+    if "tokenizer.model" in files:
+        return pieces_of_model(files["tokenizer.model"])
+    data = json.loads(files["tokenizer.json"])
+    return pieces_of_json(data) if data["model"].get("byte_fallback") else None
 
 
 def _tokenizer_to_gguf(tokenizer: Tokenizer, config: dict) -> dict:
     """The metadata of a tokenizer, filled up to the model's vocabulary."""
     files = tokenizer_files(tokenizer)
-    if "tokenizer.model" in files:
-        pieces = pieces_of_model(files["tokenizer.model"])
+    if pieces := _pieces(files):
         if pieces.changes:
             print(f"note: this tokenizer {pieces.changes} before it cuts a text; llama.cpp does not", file=sys.stderr)
         tokens, types = pieces.tokens, pieces.types
@@ -454,7 +476,7 @@ def _tokenizer_from_gguf(path: Path, metadata: dict) -> Tokenizer | None:
             made = SentencePieceTokenizer(model_of_pieces(pieces))
         else:
             made = _byte_level_from_gguf(get("pre"), tokens, types, get("merges"), ids)
-    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, struct.error) as error:
         raise ValueError(f"{path}: its tokenizer cannot be read: {error}") from None
     made.chat_template = metadata.get("tokenizer.chat_template")
     return made
@@ -512,7 +534,9 @@ def main(argv: list[str] | None = None) -> None:
         write_model_gguf(out, model, tokenizer, args.quantize and args.quantize.upper())
     else:
         if tokenizer is not None:
-            data = llama2c_of_pieces(pieces_of(tokenizer), model.config.vocab_size)
+            if (pieces := _pieces(tokenizer_files(tokenizer))) is None:
+                raise ValueError("llama2.c reads sentencepiece tokenizers only, and this model's is none")
+            data = llama2c_of_pieces(pieces, model.config.vocab_size)
             with atomic_file(out.with_name("tokenizer.bin")) as file:
                 file.write(data)
         write_llama2c(out, model, args.llama2c_version)

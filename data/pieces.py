@@ -1,10 +1,11 @@
-"""Sentencepiece tokenizers as a list of pieces, and the two files that hold such a list.
+"""Sentencepiece tokenizers as a list of pieces, and the files that hold such a list.
 
     piece     a text with U+2581 for blanks ("▁the"), or a control piece ("<s>"), or one byte ("<0x0A>")
     encoding  start from single characters; merge, again and again, the two neighbours whose union has the highest
               score; spell a character that is no piece as bytes (sentencepiece's kind "BPE", Kudo & Richardson 2018)
 
     tokenizer.model    sentencepiece's own: a protocol buffers message
+    tokenizer.json     Hugging Face's: merges in the place of scores
     tokenizer.bin      llama2.c's: int32 length of the longest, then for each piece float32 score, int32 length, bytes
 
     pieces = pieces_of_model(open("tokenizer.model", "rb").read())
@@ -13,6 +14,7 @@
     python data/pieces.py tokenizer.model     lists the pieces; without a file: how a text is cut, step by step
 """
 
+import json
 import struct
 import sys
 from typing import NamedTuple
@@ -130,6 +132,72 @@ def _fields(data: bytes):
         at += size
         value = data[at - size : at]
         yield number, value if wire == 2 else struct.unpack("<f" if wire == 5 else "<d", value)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer.json
+
+
+def json_of_pieces(pieces: Pieces) -> dict:
+    """Hugging Face's tokenizer.json that gives the same ids, with the BOS before them if there is one.
+
+    It has merges in the place of scores: of all ways to cut a piece in two pieces, the best piece first."""
+    index = {token: i for i, token in enumerate(pieces.tokens)}
+    normal = [i for i, kind in enumerate(pieces.types) if kind == NORMAL]
+    mergeable = {pieces.tokens[i] for i in normal}
+    merges = [[token[:cut], token[cut:]] for i in sorted(normal, key=lambda i: -pieces.scores[i])
+              for token in [pieces.tokens[i]] for cut in range(1, len(token))
+              if token[:cut] in mergeable and token[cut:] in mergeable]
+    added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": kind != USER_DEFINED}
+             for i, (token, kind) in enumerate(zip(pieces.tokens, pieces.types))
+             if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    prefix = [{"type": "Prepend", "prepend": BLANK}] if pieces.add_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if pieces.add_prefix else []
+    post_processor = None
+    if (bos := pieces.ids.get("bos")) is not None:
+        token, text = pieces.tokens[bos], {"Sequence": {"id": "A", "type_id": 0}}
+        special = {"SpecialToken": {"id": token, "type_id": 0}}
+        second = {"Sequence": {"id": "B", "type_id": 1}}
+        post_processor = {"type": "TemplateProcessing", "single": [special, text], "pair": [special, text, second],
+                          "special_tokens": {token: {"id": token, "ids": [bos], "tokens": [token]}}}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": {"type": "Sequence", "normalizers": [*prefix, blank]}, "pre_tokenizer": None,
+            "post_processor": post_processor,
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, *strip]},
+            "model": {"type": "BPE", "dropout": None, "unk_token": pieces.tokens[pieces.ids.get("unk", 0)],
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+                      "byte_fallback": BYTE in pieces.types, "ignore_merges": False, "vocab": index, "merges": merges}}
+
+
+def pieces_of_json(data: dict) -> Pieces:
+    """The inverse, for a tokenizer.json whose BPE has a byte fallback. Scores are minus the rank of the first merge.
+
+    Of the special ids such a file holds the unknown's and, in its post-processor, BOS. ValueError: no such file."""
+    try:
+        by_id = {i: token for token, i in data["model"]["vocab"].items()}
+        added = {token["id"]: token for token in data["added_tokens"]}
+        by_id |= {i: token["content"] for i, token in added.items()}
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"]]
+        tokens = [by_id.get(i, f"[PAD{i}]") for i in range(max(by_id) + 1)]
+        unknown, steps = data["model"]["unk_token"], json.dumps(data["normalizer"]) + json.dumps(data["pre_tokenizer"])
+        add_prefix = any(f'"{word}"' in steps for word in ("Prepend", "first", "always"))  # the last two: prepend_scheme
+        single = (data.get("post_processor") or {}).get("single") or [{}]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a tokenizer.json of a BPE with byte fallback: {error}") from None
+    rank = {}
+    for number, merge in enumerate(merges):
+        rank.setdefault("".join(merge), number)
+    types = []
+    for i, token in enumerate(tokens):
+        types.append(UNUSED if i not in by_id else UNKNOWN if token == unknown else BYTE if token in BYTES else
+                     NORMAL if i not in added else CONTROL if added[i]["special"] else USER_DEFINED)
+    ids = {"unk": tokens.index(unknown)} if unknown in tokens else {}
+    if (bos := single[0].get("SpecialToken", {}).get("id")) in tokens:
+        ids["bos"] = tokens.index(bos)
+    return Pieces(tokens, [-float(rank.get(token, len(merges))) for token in tokens], types, ids, add_prefix)
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizer.bin

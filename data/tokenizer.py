@@ -417,7 +417,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     loaders = {".json": _load_json, ".bpe": _load_gpt2, ".tiktoken": _load_tiktoken}
     path = Path(path)
     if path.is_dir():
-        names = ["tokenizer.json", "tokenizer.model", "vocab.bpe", *(name + ".tiktoken" for name in TIKTOKEN_FILES)]
+        names = ["tokenizer.model", "tokenizer.json", "vocab.bpe", *(name + ".tiktoken" for name in TIKTOKEN_FILES)]
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise FileNotFoundError(f"{path}: no tokenizer in this folder (looked for {', '.join(names)})")
