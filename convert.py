@@ -466,11 +466,11 @@ def _tokenizer_from_gguf(path: Path, metadata: dict) -> Tokenizer | None:
         return None
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"{path}: tokenizer {kind!r} is not supported (gpt2 and llama are)")
-    types, ids = get("token_type") or [NORMAL] * len(tokens or []), {}
-    for key, end in (("unknown", "unk"), ("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
-        if (i := get(f"{key}_token_id")) is not None and i < len(tokens or []):
-            ids[end] = i
     try:
+        types, ids = get("token_type") or [NORMAL] * len(tokens), {}
+        for key, end in (("unknown", "unk"), ("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+            if (i := get(f"{key}_token_id")) is not None and i < len(tokens):
+                ids[end] = i
         if kind == "llama":
             pieces = Pieces(tokens, get("scores"), types, {"unk": 0} | ids, get("add_space_prefix", True))
             made = SentencePieceTokenizer(model_of_pieces(pieces))
