@@ -8,7 +8,7 @@ sources: what counts is that every form goes through and that the held-out figur
 DPO starts from a model fine-tuned on the chosen answers of the same file, as usual; its loss is that of the mean token,
 for answers are up to a whole window long. Reward accuracy is that of the log-ratios to the reference, 50 % by chance;
 preference accuracy is the model's own, by the mean log-probability of an answer's tokens. Exits with 1 if a held-out
-loss is no better than before, or a reward accuracy no better than chance.
+loss or a preference accuracy is no better than before.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
     if args.record:
         write_results("real_files", rows)
     worse = [f"{row['file']} ({row['stage']})" for row in rows if row["loss_after"] >= row["loss_before"]
-             or row.get("reward_accuracy", 1.0) <= 0.5]
+             or row.get("accuracy_after", 1) <= row.get("accuracy_before", 0)]
     for row in rows:
         print(row)
     sys.exit(f"no better than before: {', '.join(worse)}" if worse else 0)
