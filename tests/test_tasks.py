@@ -127,6 +127,16 @@ def test_the_held_out_share_is_a_tenth_by_the_stated_rule():
         assert tasks.held_out(key) == (int(hashlib.sha256(key.encode()).hexdigest(), 16) < 0.1 * 2**256)
 
 
+def test_each_fold_holds_out_another_tenth_and_together_they_are_all():
+    keys = [repr((a, b)) for a in range(50) for b in range(a, 50)]
+    folds = [{key for key in keys if tasks.held_out(key, fold)} for fold in range(10)]
+    assert sum(map(len, folds)) == len(set().union(*folds)) == len(keys)
+    held = {operands("add", prompt(row)) for row in tasks.make_tasks("val", 600, fold=1) if row["family"] == "add"}
+    assert not held & {operands("add", prompt(row)) for row in tasks.make_tasks("val", 600) if row["family"] == "add"}
+    learned = {operands("add", prompt(row)) for row in tasks.make_tasks("train", 18_000, fold=1) if row["family"] == "add"}
+    assert held and not held & learned
+
+
 def test_a_seed_decides_everything(pairs):
     first = list(tasks.make_tasks("val", 60, seed=3))
     assert first == list(tasks.make_tasks("val", 120, seed=3))[:60]
