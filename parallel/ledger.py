@@ -1,0 +1,177 @@
+"""The ledger: what a parallel step sends and holds, counted, beside what the formula says that it must.
+
+    bytes a rank sends = logical payload M x ring factor of n ranks        (a ring moves the least that can be)
+        all-reduce 2 (n - 1) / n      reduce-scatter, all-gather, all-to-all, broadcast (n - 1) / n      send 1
+
+    with Ledger() as ledger:            # counts this process's calls of torch.distributed within
+        train_step()
+    ledger.sent(), ledger.sent("all_reduce"), ledger.count("all_reduce"), ledger.entries
+
+The payload is logical: what gloo really moves differs (its reduce-scatter is an all-reduce). Bytes held are those of
+distinct storages: views of one buffer count once, and a buffer that was freed counts nothing.
+
+    python -m parallel.ledger                                   # every strategy on 2 gloo processes
+    python -m parallel.ledger --strategy zero3 --ranks 4        # formula, prediction, measurement, difference
+    python -m parallel.ledger --schedule 1f1b --stages 4 --microbatches 8         # draws a pipeline schedule as text
+"""
+
+import argparse
+import inspect
+from fractions import Fraction
+from functools import wraps
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+# ------------------------------------------------------------------------------------------------------------ formulas
+
+
+def ring_bytes(op: str, payload: int, n: int) -> Fraction:
+    """Bytes that each of n ranks in a ring sends; payload: the whole tensor's, before a scatter or after a gather."""
+    if op == "send":
+        return Fraction(payload)
+    return Fraction(payload * (2 if op == "all_reduce" else 1) * (n - 1), n)
+
+
+def state_bytes(numel: int, ranks: int, stage: int, param: int = 4, grad: int = 4, state: int = 8) -> dict:
+    """Bytes that a rank holds under ZeRO `stage` (0 is DDP) between backward and the step, padding and units apart.
+
+    param, grad, state: bytes per weight; Adam has 4, 4, 8 in float32, and 2, 2, 12 in bfloat16 with float32 masters.
+    Rajbhandari et al. 2020 (arXiv:1910.02054), figure 1.
+    """
+    split = [Fraction(1, ranks if stage >= least else 1) for least in (3, 2, 1)]
+    parts = [numel * size * share for size, share in zip((param, grad, state), split)]
+    return dict(zip(("parameters", "gradients", "optimizer"), parts))
+
+
+def data_parallel_elements(numel: int, ranks: int, stage: int, microbatches: int = 1) -> Fraction:
+    """Elements that a rank sends in a step of k microbatches: DDP and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k, of each
+    (n - 1) / n numel. ZeRO-3 gathers twice and scatters once for each microbatch."""
+    k = microbatches
+    return (2, 2, k + 1, 3 * k)[stage] * Fraction(numel * (ranks - 1), ranks)
+
+
+def tensor_parallel_all_reduces(layers: int, vocab_parallel: bool = True) -> int:
+    """Activation all-reduces of a step without recomputation: per layer one after each row-parallel matrix, forward,
+    and one before each block of column-parallel ones, backward; and one each for embedding and head."""
+    return 4 * layers + (2 if vocab_parallel else 0)
+
+
+def pipeline_slots(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> int:
+    """Slots from first to last action, forward = backward to the input = backward to the weights = 1 slot.
+
+    gpipe, 1f1b: 3 (m + p - 1); interleaved: slots of a chunk, 3 (v m + p - 1); zb (ZB-H1): 3 m + p - 1.
+    """
+    p, m, v = stages, microbatches, chunks
+    return {"gpipe": 3 * (m + p - 1), "1f1b": 3 * (m + p - 1), "interleaved": 3 * (v * m + p - 1),
+            "zb": 3 * m + p - 1}[schedule]
+
+
+def pipeline_peak(schedule: str, stages: int, microbatches: int, rank: int, chunks: int = 1) -> int:
+    """Microbatches (interleaved: chunks of them, for m > p) whose activations rank holds at most."""
+    p, m, v, r = stages, microbatches, chunks, rank
+    return {"gpipe": m, "1f1b": min(m, p - r), "interleaved": min(v * m, 2 * (p - r - 1) + (v - 1) * p + 1),
+            "zb": min(m, p)}[schedule]
+
+
+# -------------------------------------------------------------------------------------------------------------- ledger
+
+
+class Entry(NamedTuple):
+    """One call of a collective by this process."""
+
+    op: str  # all_reduce, reduce_scatter, all_gather, all_to_all, broadcast or send
+    ranks: int  # of the group
+    payload: int  # logical bytes
+    sent: Fraction  # payload x ring factor
+    shape: tuple[int, ...]  # of the (first) tensor that is the payload
+
+
+# torch.distributed's function -> what it is, and the argument that is the payload
+COUNTED = {"all_reduce": ("all_reduce", "tensor"), "broadcast": ("broadcast", "tensor"),
+           "reduce_scatter_tensor": ("reduce_scatter", "input"), "reduce_scatter": ("reduce_scatter", "input_list"),
+           "all_gather_into_tensor": ("all_gather", "output_tensor"), "all_gather": ("all_gather", "tensor_list"),
+           "all_to_all_single": ("all_to_all", "input"), "all_to_all": ("all_to_all", "input_tensor_list"),
+           "isend": ("send", "tensor"), "send": ("send", "tensor")}
+
+
+class Ledger:
+    """Counts this process's communication while the context lasts, by standing in for torch.distributed's functions.
+
+    live: a function that returns tensors; the bytes they hold are looked up before each collective, and `peak` keeps
+    the most. Files that keep a function of their own (`from torch.distributed import all_reduce`) are not counted.
+    """
+
+    def __init__(self, live=None):
+        self.entries: list[Entry] = []
+        self.live, self.peak = live, 0
+
+    def __enter__(self) -> "Ledger":
+        self._originals = {name: getattr(dist, name) for name in (*COUNTED, "batch_isend_irecv", "P2POp")}
+        for name in COUNTED:
+            setattr(dist, name, self._counting(name))
+        isend, P2POp, batch = (self._originals[name] for name in ("isend", "P2POp", "batch_isend_irecv"))
+        counting_isend = dist.isend
+
+        def counting_batch(p2p_op_list):
+            for p2p in p2p_op_list:
+                if p2p.op is isend:
+                    self._enter("send", [p2p.tensor], p2p.group)
+            return batch(p2p_op_list)
+
+        dist.batch_isend_irecv = counting_batch
+        dist.P2POp = lambda op, *args, **kwargs: P2POp(isend if op is counting_isend else op, *args, **kwargs)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+    def _counting(self, name: str):
+        original, (op, payload) = self._originals[name], COUNTED[name]
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def counting(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            tensors = given[payload] if isinstance(given[payload], (list, tuple)) else [given[payload]]
+            self._enter(op, tensors, given.get("group"), given.get("input_split_sizes"))
+            return original(*args, **kwargs)
+
+        return counting
+
+    def _enter(self, op: str, tensors: list, group, splits=None) -> None:
+        n, payload = dist.get_world_size(group), sum(t.numel() * t.element_size() for t in tensors)
+        sent = ring_bytes(op, payload, n)
+        if op == "all_to_all":  # what stays on this rank is not sent, and parts may be uneven
+            own = dist.get_rank(group)
+            if len(tensors) > 1:
+                sent = Fraction(payload - tensors[own].numel() * tensors[own].element_size())
+            elif splits:
+                sent = payload - Fraction(payload * splits[own], max(sum(splits), 1))
+        self.entries.append(Entry(op, n, payload, sent, tuple(tensors[0].shape)))
+        if self.live is not None:
+            self.peak = max(self.peak, held(self.live()))
+
+    def sent(self, op: str | None = None) -> Fraction:
+        """Bytes that this rank has sent, in all or by one op."""
+        return sum((entry.sent for entry in self.entries if op in (None, entry.op)), Fraction())
+
+    def count(self, op: str | None = None, at_least: int = 0) -> int:
+        """Calls of an op, or of any; those with a payload of fewer than `at_least` bytes are not counted."""
+        return sum(op in (None, entry.op) and entry.payload >= at_least for entry in self.entries)
+
+
+def held(tensors) -> int:
+    """Bytes of the distinct storages under the tensors; None among them is passed over."""
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors if t is not None)}
+    return sum(storages.values())
+
+
+def held_by(parameters, optimizer, gradients=None) -> dict[str, int]:
+    """Bytes of parameters, of gradients (else their .grad) and of the optimizer's state: compare with state_bytes."""
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters] if gradients is None else gradients
+    states = [t for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t)]
+    return {"parameters": held(parameters), "gradients": held(gradients), "optimizer": held(states)}
