@@ -1,77 +1,69 @@
-"""The truth for the tests of parallel/: three optimizer steps of a tiny float64 model in one process.
-
-Batches have uneven numbers of counted labels, one microbatch none at all; the loss is the sum over counted tokens divided
-by their number in the whole batch."""
+"""What the tests of data-parallel strategies compare with: the same three steps of a tiny model on one process, float64."""
 
 import torch
 import torch.nn.functional as F
-
 from model import CausalLM, ModelConfig
-from optim import build_optimizer
+from optim import build_optimizer, clip_grad_norm
 
-TOLERANCE = 1e-9
-
-
-def tiny_model(seed: int = 1, **changes) -> CausalLM:
-    """4 layers, 4 heads, 2 of keys, 16 wide, 37 tokens, unless `changes` say otherwise; biases and norms not trivial."""
-    shape = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
-                 num_key_value_heads=2, initializer_range=0.2)
-    model = CausalLM(ModelConfig(**shape | changes), seed).double().train()
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.dim() == 1:
-            p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return model
+ROWS, LENGTH, STEPS, CLIP = 16, 6, 3, 0.5
+LR = {"adamw": 0.01, "lion": 0.003, "muon": 0.01, "adafactor": 0.05}
 
 
-def batches(steps: int = 3, microbatches: int = 4, rows: int = 2, length: int = 8, vocab: int = 37) -> list:
-    """[step][microbatch] = (input_ids (rows, length), labels); microbatch 1 has no counted label."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(vocab, (steps, microbatches, rows, length + 1), generator=generator)
-    labels = ids[..., 1:].clone()
-    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
-    if microbatches > 1:
-        labels[:, 1] = -100
-    return [[(ids[s, i, :, :-1].contiguous(), labels[s, i]) for i in range(microbatches)] for s in range(steps)]
+def tiny_model(**shape) -> CausalLM:
+    """Two layers, float64; no size is a multiple of 4 or 8, and the head has an uneven vocabulary."""
+    shape = dict(vocab_size=37, hidden_size=10, intermediate_size=14, num_hidden_layers=2, num_attention_heads=1,
+                 initializer_range=0.3) | shape
+    return CausalLM(ModelConfig(**shape)).double()
 
 
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
+def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids, labels (16, 6): rows count 0 to 6 tokens, the last four rows none at all (a rank fully masked)."""
+    generator = torch.Generator().manual_seed(step)
+    ids, labels = torch.randint(37, (2, ROWS, LENGTH), generator=generator)
+    labels[torch.rand(ROWS, LENGTH, generator=generator) < torch.arange(ROWS)[:, None] / 12] = -100
+    return ids, labels
 
 
-def adamw(named_parameters):
-    return build_optimizer("adamw", named_parameters, lr=1e-2, weight_decay=0.1)
+def loss_sum(model, ids, labels) -> torch.Tensor:
+    return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
-def named(module, what: str = "grad") -> dict:
-    """{parameter's name: a copy of its gradient, or with what="data" of its values}."""
-    return {name: getattr(p, what).detach().clone() for name, p in module.named_parameters()}
+def micro_batches(step: int, rank: int, world: int, count: int):
+    """This rank's rows of the global batch in `count` microbatches."""
+    ids, labels = (x.chunk(world)[rank].chunk(count) for x in global_batch(step))
+    return list(zip(ids, labels))
 
 
-def train(model: CausalLM, data: list) -> list[dict]:
-    """Per step {"loss", "grads", "params" after it}."""
-    optimizer, history = adamw(model.named_parameters()), []
-    for step in data:
-        counted = sum(int((labels != -100).sum()) for _, labels in step)
-        loss = 0.0
-        for input_ids, labels in step:
-            part = summed_loss(model(input_ids), labels) / counted
-            part.backward()
-            loss += part.item()
-        grads = named(model)
+def optimizer_of(model, name: str):
+    return build_optimizer(name, model.named_parameters(), lr=LR[name], weight_decay=0.1)
+
+
+def train_alone(name: str = "adamw", model: CausalLM | None = None, count: int = 1, world: int = 1) -> dict:
+    """losses, norms, gradients (before clipping, of each step) and parameters after three steps on the whole batch."""
+    model = model or tiny_model()
+    optimizer, result = optimizer_of(model, name), {"losses": [], "norms": [], "grads": []}
+    for step in range(STEPS):
+        counted = int((global_batch(step)[1] != -100).sum())
+        loss = loss_sum(model, *global_batch(step)) / counted
+        loss.backward()
+        result["losses"].append(loss.item())
+        result["grads"].append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        result["norms"].append(clip_grad_norm(model.parameters(), CLIP).item())
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"loss": loss, "grads": grads, "params": named(model, "data")})
-    return history
+    result["parameters"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return result
 
 
-def assert_same(ours: list[dict], truth: list[dict]) -> None:
-    """Loss, every gradient and every parameter of every step, to 1e-9."""
-    assert len(ours) == len(truth)
-    for step, (mine, true) in enumerate(zip(ours, truth)):
-        assert abs(mine["loss"] - true["loss"]) < TOLERANCE, f"step {step}: loss {mine['loss']}, not {true['loss']}"
-        for kind in ("grads", "params"):
-            assert mine[kind].keys() == true[kind].keys()
-            for name, tensor in true[kind].items():
-                error = (mine[kind][name] - tensor).abs().max().item()
-                assert error < TOLERANCE, f"step {step}: {kind} of {name} differ by {error:.2e}"
+def assert_close(found: dict, truth: dict, tolerance: float = 1e-9) -> None:
+    """Every number that `found` has is the truth's."""
+    for key, value in found.items():
+        for a, b in zip(value, truth[key]) if isinstance(value, list) else [(value, truth[key])]:
+            if isinstance(a, dict):
+                assert a.keys() == b.keys()
+                for name in a:
+                    assert a[name].shape == b[name].shape, name
+                    error = float((a[name] - b[name]).abs().max())
+                    assert error <= tolerance, f"{key} {name}: off by {error:.1e}"
+            else:
+                assert abs(a - b) <= tolerance, f"{key}: {a} instead of {b}"
