@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from one_process import adamw, assert_same, batches, named, summed_loss, tiny_model, train
+from oracle import adamw, assert_same, batches, named, summed_loss, tiny_model, train
 from parallel import pipeline
 from parallel.pipeline import Action, balance, cut, draw, execute, schedule, simulate
 from processes import run_on
