@@ -235,9 +235,9 @@ def transfers(simulation: Simulation) -> list[Transfer]:
 class Received(nn.Module):
     """Stands where a later stage has no embedding: gives out the activations that came from the stage before."""
 
-    def __init__(self, width: int, dtype: torch.dtype):
+    def __init__(self, width: int, dtype: torch.dtype, shards: int):
         super().__init__()
-        self.width, self.dtype, self.shards = width, dtype, 1  # shards: of the sequence, by sequence parallelism
+        self.width, self.dtype, self.shards = width, dtype, shards  # shards: of the sequence, by sequence parallelism
         self.x = None
 
     def buffer(self, input_ids: Tensor) -> Tensor:
@@ -306,7 +306,8 @@ def cut(model: nn.Module, rank: int, ranks: int, v: int = 1, sizes: list[int] | 
         stage.model.layers = Layers({str(i): trunk.layers[i] for i in range(start, start + sizes[s])})
         stage.lm_head = head
         if s > 0:
-            stage.model.embed_tokens = Received(embed.weight.shape[1], embed.weight.dtype)
+            stage.model.embed_tokens = Received(embed.weight.shape[1], embed.weight.dtype,
+                                                getattr(embed, "sequence_shards", 1))
         if s < stages - 1:
             stage.model.norm = stage.lm_head = nn.Identity()
         found[s] = stage
