@@ -1,7 +1,7 @@
 """The ledger: what a parallel step sends and holds, counted, beside what the formula says that it must.
 
     bytes a rank sends = logical payload M x ring factor of n ranks        (a ring moves the least that can be)
-        all-reduce 2 (n - 1) / n      reduce-scatter, all-gather, all-to-all, broadcast (n - 1) / n      send 1
+        all-reduce 2 (n - 1) / n      reduce-scatter, all-gather, all-to-all, broadcast, reduce (n - 1) / n   send 1
 
     with Ledger() as ledger:            # counts this process's calls of torch.distributed within
         train_step()
@@ -81,7 +81,7 @@ def pipeline_peak(schedule: str, stages: int, microbatches: int, rank: int, chun
 class Entry(NamedTuple):
     """One call of a collective by this process."""
 
-    op: str  # all_reduce, reduce_scatter, all_gather, all_to_all, broadcast or send
+    op: str  # all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, reduce or send
     ranks: int  # of the group
     payload: int  # logical bytes
     sent: Fraction  # payload x ring factor
@@ -89,9 +89,10 @@ class Entry(NamedTuple):
 
 
 # torch.distributed's function -> what it is, and the argument that is the payload
-COUNTED = {"all_reduce": ("all_reduce", "tensor"), "broadcast": ("broadcast", "tensor"),
+COUNTED = {"all_reduce": ("all_reduce", "tensor"), "broadcast": ("broadcast", "tensor"), "reduce": ("reduce", "tensor"),
            "reduce_scatter_tensor": ("reduce_scatter", "input"), "reduce_scatter": ("reduce_scatter", "input_list"),
            "all_gather_into_tensor": ("all_gather", "output_tensor"), "all_gather": ("all_gather", "tensor_list"),
+           "reduce_scatter_single": ("reduce_scatter", "input"), "all_gather_single": ("all_gather", "output_tensor"),
            "all_to_all_single": ("all_to_all", "input"), "all_to_all": ("all_to_all", "input_tensor_list"),
            "isend": ("send", "tensor"), "send": ("send", "tensor")}
 
@@ -108,8 +109,9 @@ class Ledger:
         self.live, self.peak = live, 0
 
     def __enter__(self) -> "Ledger":
-        self._originals = {name: getattr(dist, name) for name in (*COUNTED, "batch_isend_irecv", "P2POp")}
-        for name in COUNTED:
+        names = [name for name in COUNTED if hasattr(dist, name)]  # two exist since torch 2.13
+        self._originals = {name: getattr(dist, name) for name in (*names, "batch_isend_irecv", "P2POp")}
+        for name in names:
             setattr(dist, name, self._counting(name))
         isend, P2POp, batch = (self._originals[name] for name in ("isend", "P2POp", "batch_isend_irecv"))
         counting_isend = dist.isend

@@ -63,7 +63,7 @@ def assert_close(found: dict, truth: dict, tolerance: float = 1e-9) -> None:
                 assert a.keys() == b.keys()
                 for name in a:
                     assert a[name].shape == b[name].shape, name
-                    error = float((a[name] - b[name]).abs().max())
+                    error = (a[name] - b[name]).abs().max().item()
                     assert error <= tolerance, f"{key} {name}: off by {error:.1e}"
             else:
                 assert abs(a - b) <= tolerance, f"{key}: {a} instead of {b}"
