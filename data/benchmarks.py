@@ -1,13 +1,13 @@
-r"""Benchmark files in their own formats -> what a model is asked, letter for letter as lm-evaluation-harness 0.4.9.1 asks.
+r"""Benchmark files in their own formats -> what a model is asked, as lm-evaluation-harness 0.4.9.1 asks it.
 
     kind         asked of the model                                           right if
     choice       log p(" " + choice | context) of each choice                 the largest is the right one's
     partial      log p(" " + ending | context with that choice)  Winogrande   the same: the choice is in the context
-    mc2          as choice, several may be true                  TruthfulQA   (score: the true ones' share of probability)
+    mc2          as choice, several may be true                  TruthfulQA   score: the true ones' share of probability
     last_word    log p(" " + word | context)                     LAMBADA      the word is what greedy decoding gives
-    gsm8k, math  a text, after worked examples                                the number or formula in it is the right one
+    gsm8k, math  a text, after worked examples                                the number or formula in it is right
     code         a text                                          HumanEval    the program passes the tests
-    text         log p of whole documents                                     (score: perplexity of a word, of a byte)
+    text         log p of whole documents                                     score: perplexity of a word, of a byte
 
     for item in read_benchmark("hellaswag", "hellaswag_val.jsonl"): print(item.contexts[0], item.choices, item.gold)
 
@@ -43,6 +43,7 @@ class Item(NamedTuple):
     target: str = ""  # what an example shows as its answer; of generation, what the answer is compared with
     group: str = ""  # subject
     check: dict | None = None  # code: "before" (goes in front of the completion), and arguments of a sandbox
+    text: str = ""  # question and right answer without examples, to be looked for in training data
 
 
 class Benchmark(NamedTuple):
@@ -160,7 +161,8 @@ def truthful(row: dict, targets: str) -> Item:
 
 def lambada(row: dict) -> Item:
     if "continuation" in row:
-        return Item("", (text(row["context"]),), (text(row["continuation"]).strip(),), (0,), row["continuation"].strip())
+        word = text(row["continuation"]).strip()
+        return Item("", (text(row["context"]),), (word,), (0,), word)
     words = row["text"].split(" ")
     if len(words) < 2:
         raise ValueError("its text has no two words")
@@ -184,8 +186,9 @@ def math_problem(row: dict) -> Item:
 
 
 def humaneval(row: dict) -> Item:
-    check = {"before": row["prompt"], "test": text(row["test"]), "entry_point": row["entry_point"], "setup": row["prompt"]}
-    return Item("", (text(row["prompt"]),), target=row["canonical_solution"], check=check)
+    prompt, test = text(row["prompt"], row["test"]), row["test"]
+    check = {"before": prompt, "test": test, "entry_point": row["entry_point"], "setup": prompt}
+    return Item("", (prompt,), target=row["canonical_solution"], check=check)
 
 
 def mbpp(row: dict) -> Item:
@@ -311,7 +314,8 @@ environmental_impact_assessment_engineer:环境影响评价工程师 tax_account
 READY = 'or "query", "choices", "gold"'
 ARC = Benchmark("choice", arc, f'"question", "choices", "answerKey" {READY}', ("test", "val", "validation", "dev"))
 BENCHMARKS = {
-    "hellaswag": Benchmark("choice", hellaswag, f'"activity_label", "ctx_a", "ctx_b", "endings", "label" {READY}', spare=1),
+    "hellaswag": Benchmark("choice", hellaswag, f'"activity_label", "ctx_a", "ctx_b", "endings", "label" {READY}',
+                           spare=1),
     "arc_easy": ARC,
     "arc_challenge": ARC,
     "piqa": Benchmark("choice", piqa, f'"goal", "sol1", "sol2", "label" {READY}', spare=1),
@@ -344,7 +348,8 @@ BENCHMARKS = {
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-def read_benchmark(name: str, path, *, shots: int | None = None, shots_path=None, limit: int | None = None) -> list[Item]:
+def read_benchmark(name: str, path, *, shots: int | None = None, shots_path=None,
+                   limit: int | None = None) -> list[Item]:
     """The questions of a benchmark with their examples before them, in the file's order.
 
     shots: examples before each question; None = the harness's default. shots_path: the file or folder that they come
@@ -410,7 +415,9 @@ def prefixed(name: str, item: Item, examples: list[Item]) -> Item:
     for example in examples:
         context = example.contexts[example.gold[0] if len(example.contexts) > 1 else 0]
         before += context + " " * (name != "mbpp") + example.target + "\n\n"
-    return item._replace(contexts=tuple(before + context for context in item.contexts))
+    own = item.contexts[item.gold[0] if len(item.contexts) > 1 else 0].removeprefix(TRUTHFUL_QA)
+    return item._replace(contexts=tuple(before + context for context in item.contexts),
+                         text=f"{own} {item.target or item.choices[0]}")
 
 
 def read_items(name: str, path: Path, split: tuple[str, ...] | None = None) -> list[Item]:
@@ -438,7 +445,8 @@ def read_items(name: str, path: Path, split: tuple[str, ...] | None = None) -> l
 
 def split_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """The files of the first split that exists: named so, ending in _NAME or -NAME, or in a folder of that name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and suffix(path) in (".json", ".jsonl", ".csv", ".txt"))
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()
+             and suffix(path) in (".json", ".jsonl", ".csv", ".txt")]
     for name in names:
         found = [path for path in files if name in path.relative_to(folder).parts[:-1]
                  or re.fullmatch(rf"(.*[_-])?{name}", path.name.split(".")[0])]
@@ -493,7 +501,7 @@ def answers_beside(path: Path) -> list[str]:
 
 def check_row(row, where: str, name: str) -> dict:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: no row of {name} (it is a {type(row).__name__}); a row has {BENCHMARKS[name].fields}")
+        raise ValueError(f"{where}: no row of {name}, but a {type(row).__name__}; a row has {BENCHMARKS[name].fields}")
     return row
 
 
@@ -519,7 +527,8 @@ def csv_rows(path: Path, content: str, name: str) -> Iterator[tuple[str, dict]]:
 def main() -> None:
     words = sys.argv[1:]
     if not words:
-        return print(__doc__, "\n".join(f"{name:15} {b.kind:10} {b.fields}" for name, b in BENCHMARKS.items()), sep="\n")
+        rows = (f"{name:15} {b.kind:10} {b.fields}" for name, b in BENCHMARKS.items())
+        return print(__doc__, *rows, sep="\n")
     try:
         shots = int(words[words.index("--shots") + 1]) if "--shots" in words else None
         items = read_benchmark(words[0], words[1], shots=shots)

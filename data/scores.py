@@ -1,9 +1,9 @@
 r"""What an answer is worth: pure functions from texts and log-likelihoods to numbers. No model, no file.
 
-    multiple choice    acc: argmax of log p(choice);  acc_norm: of log p / characters;  acc_bytes: of log p / UTF-8 bytes
+    multiple choice    acc: argmax of log p(choice); acc_norm: of log p / characters; acc_bytes: of log p / UTF-8 bytes
     truthful (mc2)     sum of p over the true answers / sum of p over all
     standard error     sd / sqrt(n), sd with n - 1                         (n = 1: none)
-    pass@k             1 - C(n - c, k) / C(n, k)                           c of n samples are right (Chen et al. 2021, eq. 1)
+    pass@k             1 - C(n - c, k) / C(n, k), c of n samples right         (Chen et al. 2021, eq. 1)
     GSM8K              strict: the number behind "####"; flexible: the last number in the text
     MATH               strict: the formula in "The final answer is ... I hope it is correct."; flexible: in the last
                        \boxed{}, or behind "final answer is"; compared after normalisation
@@ -13,8 +13,10 @@ r"""What an answer is worth: pure functions from texts and log-likelihoods to nu
     python data/scores.py        works a few out
 """
 
+import lzma
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from fractions import Fraction
@@ -63,6 +65,49 @@ def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
     return max(votes, key=votes.get, default=None)  # max takes the first, a Counter keeps the order of arrival
 
 
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def perplexity(nats: float, tokens: int) -> float:
+    """The size of a vocabulary that would be as hard to guess from if all its tokens were equally likely."""
+    return math.exp(nats / tokens)
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """nats: of all tokens together, separators included; num_bytes: of the text in UTF-8."""
+    return nats / (math.log(2) * num_bytes)
+
+
+def compressed_bits_per_byte(texts: Iterable[str]) -> dict:
+    """{"gzip": ..., "xz": ...}: bits that `gzip -9` and `xz -9` need per UTF-8 byte of the texts, joined into one."""
+    gzip = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)  # 16 asks for gzip's header and checksum
+    xz = lzma.LZMACompressor(preset=9)
+    num_bytes, sizes = 0, {"gzip": 0, "xz": 0}
+    for text in texts:
+        data = text.encode()
+        num_bytes += len(data)
+        sizes["gzip"] += len(gzip.compress(data))
+        sizes["xz"] += len(xz.compress(data))
+    sizes["gzip"] += len(gzip.flush())
+    sizes["xz"] += len(xz.flush())
+    if not num_bytes:
+        raise ValueError("there is no text to compress")
+    return {name: 8 * size / num_bytes for name, size in sizes.items()}
+
+
+def swapped_positions(first_wins: Sequence[tuple[float, float]]) -> dict[str, float | None]:
+    """A judge that saw each pair of answers both ways round: (A shown first, B shown first) -> how often A wins.
+
+    first_wins: 1 where the judge preferred the answer shown first, 0 the second, 0.5 neither. A's score on a pair is
+    the mean of its two games, so a judge that always takes the first answer gives exactly 0.5. "consistent": share of
+    the pairs where both games name the same winner; "first": how often the first answer won, without such a bias 0.5."""
+    scores = [(a + 1 - b) / 2 for a, b in first_wins]
+    win_rate, error = mean_and_error(scores)
+    return {"pairs": len(scores), "win_rate": win_rate, "win_rate_stderr": error,
+            "consistent": sum(a == 1 - b for a, b in first_wins) / len(scores),
+            "first": sum(a + b for a, b in first_wins) / (2 * len(scores))}
+
+
 # GSM8K ----------------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +138,7 @@ def math_strict(text: str) -> str | None:
 
 
 def math_flexible(text: str) -> str | None:
-    r"""The last \boxed{...}; else what stands behind "final answer is", to the line's end; in its normal form, or None."""
+    r"""The last \boxed{...}, else what stands behind "final answer is" up to the line's end; normal form, or None."""
     found = re.findall(r"(?i)final answer is:?(.*?)(?:\. I hope|\.?$)", text, re.MULTILINE)
     boxed = last_boxed(text)
     return normal_formula(boxed if boxed is not None else found[-1]) if boxed is not None or found else None
@@ -126,9 +171,9 @@ def math_equal(a: str | None, b: str | None) -> bool:
     return a == b or x is not None and x == y
 
 
-REPLACED = (("\n", ""), ("\\!", ""), ("\\,", ""), ("\\;", ""), ("\\:", ""), ("\\ ", ""), ("\\\\", "\\"), ("tfrac", "frac"),
-            ("dfrac", "frac"), ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
-            ("$", ""), ("\\%", ""), ("%", ""), ("{,}", ","), ("mbox", "text"), ("mathrm", "text"))
+REPLACED = (("\n", ""), ("\\!", ""), ("\\,", ""), ("\\;", ""), ("\\:", ""), ("\\ ", ""), ("\\\\", "\\"),
+            ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""),
+            ("\\$", ""), ("$", ""), ("\\%", ""), ("%", ""), ("{,}", ","), ("mbox", "text"), ("mathrm", "text"))
 
 
 def normal_formula(formula: str) -> str:
@@ -236,6 +281,60 @@ def common_subsequence(a: Sequence, b: Sequence) -> int:
         for j, y in enumerate(b):
             row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
     return row[-1]
+
+
+# Records --------------------------------------------------------------------------------------------------------------
+
+
+def likelihood_record(kind: str, item, results: list[tuple[float, bool]]) -> dict:
+    """The record of one question from its continuations' (log p, greedy). kind, item: as in data/benchmarks.py."""
+    logprobs = [logp for logp, _ in results]
+    if kind == "text":
+        document = item.choices[0]
+        return {"logprob": sum(logprobs), "words": len(re.split(r"\s+", document)), "bytes": len(document.encode())}
+    if kind == "last_word":
+        return {"logprob": logprobs[0], "acc": float(results[0][1])}
+    if kind == "mc2":
+        return {"logprobs": logprobs, "acc": true_share(logprobs, item.gold)}
+    scores = choice_scores(logprobs, item.choices if kind == "choice" else item.contexts, item.gold[0])
+    return {"logprobs": logprobs} | (scores if kind == "choice" else {"acc": scores["acc"]})
+
+
+def text_record(kind: str, target: str, texts: list[str]) -> dict:
+    """The record of one gsm8k or math question: its answers and the share of them that is right, extracted either way;
+    with several answers also whether the majority of the flexibly extracted ones is right."""
+    strict, flexible = (gsm8k_strict, gsm8k_flexible) if kind == "gsm8k" else (math_strict, math_flexible)
+    right, record = gsm8k_strict(target) if kind == "gsm8k" else last_boxed(target), {"answers": texts}
+
+    def is_right(answer: str | None) -> float:
+        return float(answer == right if kind == "gsm8k" else math_equal(answer, right))
+
+    for way, extract in (("strict", strict), ("flexible", flexible)):
+        record[way] = sum(is_right(extract(text)) for text in texts) / len(texts)
+    if len(texts) > 1:
+        record["majority"] = is_right(majority_vote([flexible(text) for text in texts]))
+    return record
+
+
+def summarize(kind: str, records: list[dict]) -> dict:
+    """The figures of a benchmark: means over its records, each with its standard error."""
+    result = {"questions": len(records)}
+    if kind == "text":
+        nats, words, size = (sum(record[key] for record in records) for key in ("logprob", "words", "bytes"))
+        return result | {"word_perplexity": math.exp(-nats / words), "byte_perplexity": math.exp(-nats / size),
+                         "bits_per_byte": bits_per_byte(-nats, size)}
+    if kind == "code":
+        n = len(records[0]["passed"])
+        columns = {f"pass@{k}": [pass_at_k(n, sum(record["passed"]), k) for record in records]
+                   for k in sorted({1, 10, 100, n}) if k <= n}
+    else:
+        names = ("acc", "acc_norm", "acc_bytes", "strict", "flexible", "majority")
+        columns = {key: [record[key] for record in records] for key in names if key in records[0]}
+    for key, values in columns.items():
+        result[key], result[f"{key}_stderr"] = mean_and_error(values)
+    if kind == "last_word":
+        result["perplexity"] = math.exp(-sum(record["logprob"] for record in records) / len(records))
+    return result
 
 
 def main() -> None:
