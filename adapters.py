@@ -229,7 +229,7 @@ def lend_prefix(attention: nn.Module, args):
     if mask is None:
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
     elif mask.dtype != torch.bool:
-        raise ValueError("prefix tuning of packed documents needs attention eager or sdpa: triton's has no mask")
+        raise ValueError("prefix tuning needs a mask: no ALiBi, and packed documents by attention eager or sdpa")
     return x, rope, F.pad(mask, (prefix.shape[0], 0), value=True), Before(*prefix.keys_values(layer), cache), *rest
 
 
@@ -251,7 +251,7 @@ def add_prefix_tuning(model: nn.Module, n: int, *, init_ids: list[int] | None = 
 
     The prefix is not rotated by RoPE, and text begins at position n. init_ids: start as the keys and values of this
     text of n tokens, so that the model answers just as if it stood there; None: normal numbers. hidden: let an MLP of
-    that width make them while training (prefix tuning), not together with init_ids. Not for sliding windows.
+    that width make them while training (prefix tuning), not together with init_ids. Not for sliding windows or ALiBi.
     """
     freeze(model)
     config, transformer = model.config, model.model

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = ("lm_head", "embed_out", "score", "classifier")  # what "all-linear" leaves out, as PEFT does
+LEFT_OUT = ("lm_head", "embed_out", "score", "classifier", "gate")  # of "all-linear": heads as in PEFT, experts' routers
 
 
 @dataclass
@@ -177,14 +177,17 @@ class TrainedWhole(nn.Module):
         return self.now(*args, **kwargs)
 
 
+def is_quantized(module: nn.Module) -> bool:
+    return callable(getattr(module, "dequantize", None)) and hasattr(module, "in_features")
+
+
 def is_linear(module: nn.Module) -> bool:
-    quantized = callable(getattr(module, "dequantize", None)) and hasattr(module, "in_features")
-    return isinstance(module, nn.Linear) or quantized
+    return isinstance(module, nn.Linear) or is_quantized(module)
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """(out, in) of an nn.Linear or a quantized layer."""
-    return layer.weight if isinstance(layer, nn.Linear) else layer.dequantize()
+    """(out, in), as the layer multiplies by it."""
+    return layer.dequantize() if is_quantized(layer) else layer.weight
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
@@ -224,13 +227,15 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     whole = {path for name in config.modules_to_save for path in modules if _matches(name, path)}
     if [target.lower() for target in targets] == ["all-linear"]:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        return [path for path in linear if path.rpartition(".")[2] not in HEADS and modules[path] is not head
+        return [path for path in linear if path.rpartition(".")[2] not in LEFT_OUT and modules[path] is not head
                 and path not in whole]
     for target in targets:
+        for path, p in model.named_parameters():
+            if p.dim() > 2 and _matches(target, path):
+                raise ValueError(f"target_modules: {target!r} means {path}, stacked experts of shape {tuple(p.shape)}, which "
+                                 "take no adapters here; name layers beside them by more of their names")
         if not any(_matches(target, path) for path in linear):
             others = [f"{path} is a {type(module).__name__}" for path, module in modules.items() if _matches(target, path)]
-            others += [f"{path} is a tensor of shape {tuple(p.shape)}, such as stacked experts"
-                       for path, p in model.named_parameters() if _matches(target, path)]
             kinds = sorted({path.rpartition(".")[2] for path in linear})
             raise ValueError(f"target_modules: {target!r} matches no linear layer{f' ({others[0]})' if others else ''}; "
                              f"there are: {', '.join(kinds)}")
@@ -284,7 +289,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default", seed
     A linear layer `q_proj` becomes a LoRALinear with the parameters q_proj.base_layer.weight, q_proj.lora_A.default and
     q_proj.lora_B.default. A second call with another `name` adds another adapter. A depends on (seed, layer's name,
     shape) alone. ValueError: targets that match no layer (naming those there are), layers with tied weights, and
-    tensors of stacked experts, which are no linear layers ("all-linear" leaves them out).
+    stacked experts, which are no linear layers ("all-linear" leaves them and their router out).
     """
     modules, whole = _bare(model), []
     for target in config.modules_to_save:
@@ -360,7 +365,7 @@ def merge_lora(model: nn.Module, final: bool = False) -> nn.Module:
 
     A quantized layer is dequantized, then added to, and becomes an nn.Linear in full precision: rounding the sum to
     4 bits again would lose most of what was learned. The model grows accordingly (quantize it anew if you must).
-    ValueError: merged already; a sum that is not finite.
+    ValueError: merged already; an update that is not finite; a layer that rounds its input besides (BitNet, QAT).
     """
     modules = adapted(model)
     merged = {path: nn.Linear(1, 1, bias=False, device="meta") for path, m in modules.items()
@@ -368,6 +373,8 @@ def merge_lora(model: nn.Module, final: bool = False) -> nn.Module:
     for path in merged:
         if modules[path].merged:
             raise ValueError(f"{path}: adapter {modules[path].merged!r} is merged already: unmerge_lora first")
+        if isinstance(base := modules[path].base, nn.Linear) and type(base) is not nn.Linear:
+            raise ValueError(f"{path}: a {type(base).__name__} does more than multiply, so it can take no adapter in")
         if not torch.isfinite(modules[path].update(modules[path].active)).all():
             raise ValueError(f"{path}: adapter {modules[path].active!r} is not finite: not merged")
     for path, linear in merged.items():

@@ -329,10 +329,15 @@ def test_a_target_that_matches_no_layer_is_refused_naming_what_there_is(targets,
 
 
 def test_stacked_experts_are_refused_by_name():
-    model = nn.ModuleDict({"mlp": nn.Module(), "gate": nn.Linear(4, 4)})
-    model["mlp"].experts = nn.Parameter(torch.zeros(8, 4, 4))
-    with pytest.raises(ValueError, match=r"mlp.experts is a tensor of shape \(8, 4, 4\), such as stacked experts"):
-        apply_lora(model, LoRAConfig(target_modules=["mlp.experts"]))
+    """Not left out in silence where the same name means plain layers, too; all-linear leaves out them and their router."""
+    mixed = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"mlp": nn.Module()}) for _ in range(2)), "q": nn.Linear(4, 4)})
+    mixed["layers"][0]["mlp"].down_proj = nn.Linear(4, 4)
+    mixed["layers"][1]["mlp"].down_proj = nn.Parameter(torch.zeros(8, 4, 4))
+    mixed["layers"][1]["mlp"].gate = nn.Linear(4, 8)
+    message = r"'down_proj' means layers.1.mlp.down_proj, stacked experts of shape \(8, 4, 4\), which take no adapters here"
+    with pytest.raises(ValueError, match=message):
+        apply_lora(mixed, LoRAConfig(target_modules=["q", "down_proj"]))
+    assert set(adapted(apply_lora(mixed, LoRAConfig()))) == {"layers.0.mlp.down_proj", "q"}
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -390,6 +395,17 @@ def test_a_quantized_base_merges_into_full_precision_and_comes_back():
     assert same(dict(model.named_buffers()), buffers) and torch.equal(model(ids), apart)
     remove_lora(model)
     assert torch.equal(model(ids), base) and isinstance(model.model.layers[0].mlp.up_proj, RoundedLinear)
+
+
+def test_a_layer_that_does_more_than_multiply_is_adapted_but_not_merged():
+    class Rounding(nn.Linear):
+        def forward(self, x):
+            return F.linear(x.round(), self.weight, self.bias)
+
+    model = apply_lora(nn.ModuleDict({"f": Rounding(4, 4)}), LoRAConfig(r=2))
+    assert torch.equal(model["f"](torch.ones(1, 4)), model["f"].base_layer(torch.ones(1, 4)))
+    with pytest.raises(ValueError, match="f: a Rounding does more than multiply"):
+        merge_lora(model)
 
 
 def test_merging_refuses_what_is_not_finite_or_merged_with_another():
