@@ -28,6 +28,7 @@ import signal
 import struct
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -178,7 +179,74 @@ def read_safetensors(path) -> dict[str, Tensor]:
     return tensors
 
 
+class Entry(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # of its numbers in the file
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def read(self, target: Tensor | None = None) -> Tensor:
+        """The numbers, read into `target` at once if it can hold them as they are, else converted to it."""
+        same = target is not None and target.dtype == self.dtype and target.is_cpu
+        raw = target if same else torch.empty(self.shape, dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as file:  # past the mapping, whose pages would be touched and copied
+            file.seek(self.offset)
+            view, done = memoryview(raw.view(-1).view(torch.uint8).numpy()), 0
+            while done < len(view):  # a read gives 2 GB at most
+                if not (count := file.readinto(view[done:])):
+                    raise ValueError(f"{self.path}: ends in the middle of a tensor: it was cut while it was read")
+                done += count
+        return raw if same or target is None else target.copy_(raw)
+
+
 # ------------------------------------------------------------------------------------------------- Hugging Face folders
+
+
+def hf_names(name: str, parameter: Tensor, config: ModelConfig) -> list[str]:
+    """The names in a Hugging Face folder of a parameter, or of each expert in a stack of them, in order.
+
+    mlp.experts.up_proj (E, out, in) -> mlp.experts.0.up_proj.weight ...; in Mixtral block_sparse_moe.experts.0.w3 ...
+    """
+    stem, _, matrix = name.rpartition(".")
+    names = [f"{stem}.{e}.{matrix}.weight" for e in range(len(parameter))] if parameter.dim() == 3 else [name]
+    if config.model_type == "mixtral":
+        for ours, its in ((".mlp.", ".block_sparse_moe."), ("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+            names = [name.replace(ours, its) for name in names]
+    return names
+
+
+def hf_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The model's parameters under their names in a Hugging Face folder, as views: to read from, or to write into."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        p = parameter.detach()
+        found |= zip(hf_names(name, p, model.config), p if p.dim() == 3 else [p])
+    return found
+
+
+def extend_context(config: ModelConfig, seq_len: int, kind: str | None) -> ModelConfig:
+    """The config for texts of seq_len positions: itself if it takes them, else with RoPE scaled to them by `kind`.
+
+    kind: linear, dynamic or yarn (see model.inverse_frequency); the factor is the ratio of the lengths. ValueError:
+    none is given but one is needed; positions that are learned; a model that is scaled already."""
+    known, scaling = config.max_position_embeddings, config.rope_scaling
+    if seq_len <= known:
+        return config
+    if config.position_embedding_type == "alibi":  # distances have no trained length
+        return dataclasses.replace(config, max_position_embeddings=seq_len)
+    if scaling or config.position_embedding_type == "learned":
+        why = f"scaled by {scaling['rope_type']} already" if scaling else "a learned vector each"
+        raise ValueError(f"--seq_len {seq_len}: the model knows {known} positions, {why}: it takes no more")
+    if kind not in ("linear", "dynamic", "yarn"):
+        raise ValueError(f"--seq_len {seq_len}: the model knows {known} positions; --rope_scaling linear, dynamic or "
+                         f"yarn would stretch them{f', not {kind!r}' if kind else ''}")
+    scaling = {"rope_type": kind, "factor": seq_len / known, "original_max_position_embeddings": known}
+    return dataclasses.replace(config, max_position_embeddings=seq_len, rope_scaling=scaling)
 
 
 def save_model(folder, model: CausalLM, tokenizer=None) -> None:
@@ -188,17 +256,20 @@ def save_model(folder, model: CausalLM, tokenizer=None) -> None:
     config |= {name: getattr(tokenizer, name, None) for name in ids if config[name] is None}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {name: config[name] for name in ids if config[name] is not None})
-    write_safetensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", hf_tensors(model), {"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
 def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
-               kernels: str = "torch") -> CausalLM:
+               kernels: str = "torch", seq_len: int = 1, rope_scaling: str | None = None,
+               mapped: bool = False) -> CausalLM:
     """The model of a Hugging Face folder, single or sharded, of a family in model.FAMILIES; in eval mode.
 
-    dtype: to convert to; None keeps the file's. Takes the memory of one model and one tensor. ValueError for what is no
-    such folder, a config.json that model.py cannot honour, and tensors missing, unknown or of another shape.
+    dtype: to convert to; None keeps the file's. seq_len, rope_scaling: see extend_context. Takes the memory of the
+    model and, in passing, of one tensor; mapped=True leaves the weights in the file, to be read as they are used (but
+    experts and what is converted). ValueError for what is no such folder, a config.json that model.py cannot honour,
+    and tensors missing, unknown or of another shape.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -208,19 +279,34 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     try:
         config = ModelConfig.from_hf(read_json(folder / "config.json"))
         config = dataclasses.replace(config, attention=attention, kernels=kernels)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{folder}: no model can be built from its config.json: {error}") from None
+    config = extend_context(config, seq_len, rope_scaling)
     with torch.device("meta"):  # shapes only: the weights come from the file
         model = CausalLM(config)
-    tensors = {}
+    entries = {}  # name -> where its numbers are
     for file in _weight_files(folder):
-        tensors |= {name: tensor for name, tensor in read_safetensors(file).items() if not name.endswith(IMPLIED)}
-    head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    parameters, table = dict(model.named_parameters()), "model.embed_tokens.weight"
-    _check(folder, tensors, parameters)
-    if head is not None and not torch.equal(head, tensors[table]):
+        header, _, start = read_safetensors_header(file)
+        if twice := header.keys() & entries.keys():
+            raise ValueError(f"{folder}: {min(twice)} stands in {file.name} and in {entries[min(twice)].path.name}")
+        entries |= {name: Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+                    for name, entry in header.items() if not name.endswith(IMPLIED)}
+    table = "model.embed_tokens.weight"
+    head = entries.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    _check(folder, entries, hf_tensors(model))
+    if head is not None and not torch.equal(head.read(), entries[table].read()):
         raise ValueError(f"{folder}: config.json ties lm_head.weight to {table}, but the two differ")
-    weights = {name: tensors[name].to(device, dtype or tensors[name].dtype, copy=True) for name in parameters}
+    weights, maps = {}, {}  # maps: file -> its tensors
+    for name, p in model.named_parameters():
+        parts = [entries[part] for part in hf_names(name, p, config)]
+        weight_dtype = dtype or parts[0].dtype
+        if mapped and p.dim() < 3 and device == "cpu":
+            maps[parts[0].path] = maps.get(parts[0].path) or read_safetensors(parts[0].path)
+            weights[name] = maps[parts[0].path][hf_names(name, p, config)[0]].to(weight_dtype)
+        else:
+            weights[name] = torch.empty(p.shape, dtype=weight_dtype, device=device)
+            for part, target in zip(parts, weights[name] if p.dim() == 3 else [weights[name]]):
+                part.read(target)
     model.load_state_dict(weights, strict=False, assign=True)  # not strict about a tied head only; _check was
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -231,10 +317,8 @@ def load_chat_model(path, tokenizer, template: str, *, seq_len: int = 1, **how) 
     """load_model of find_checkpoint(path), made ready for conversations that `tokenizer` (see prepare_tokenizer) renders.
 
     Its vocabulary grows by the tokens that the template added, and its turns end where the template's do. `how`: as in
-    load_model. ValueError also if the model knows fewer than seq_len positions."""
-    model = load_model(find_checkpoint(path), **how)
-    if (known := model.config.max_position_embeddings) < seq_len:
-        raise ValueError(f"--seq_len {seq_len}: {path} knows {known} positions")
+    load_model. ValueError also if the model knows fewer than seq_len positions and no rope_scaling is given."""
+    model = load_model(find_checkpoint(path), seq_len=seq_len, **how)
     if (new := tokenizer.vocab_size - model.config.vocab_size) > 0:
         grow_vocabulary(model, tokenizer.vocab_size)
         print(f"the embedding grew by {new} tokens, each the mean of all others", file=sys.stderr)
@@ -266,11 +350,14 @@ def _weight_files(folder: Path) -> list[Path]:
         names = set(weight_map.values())
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing (and no pytorch_model.bin is read: it is pickle)")
+            pickled = next((p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".pth")), None)
+            raise ValueError(f"{folder / name} is missing" + (
+                f"; {pickled} is pickle, which can run code and is not read: open the folder once with transformers "
+                "and write it by save_pretrained(folder, safe_serialization=True)" if pickled else ""))
     return [folder / name for name in sorted(names)]
 
 
-def _check(where: Path, tensors: dict[str, Tensor], parameters: dict[str, Tensor], dtypes: bool = False) -> None:
+def _check(where: Path, tensors: dict, parameters: dict[str, Tensor], dtypes: bool = False) -> None:
     """ValueError unless `tensors` are the model's parameters by name, shape and, if asked for, dtype."""
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     for names, what in ((missing, "missing"), (unknown, "unknown")):
@@ -329,8 +416,9 @@ def load_checkpoint(folder, model, optimizer=None) -> dict:
     """
     folder = Path(folder)
     verify(folder)
-    parameters, saved = dict(model.named_parameters()), read_safetensors(folder / "model.safetensors")
-    _check(folder / "model.safetensors", saved, parameters, dtypes=True)
+    parameters, weights = dict(model.named_parameters()), hf_tensors(model)
+    saved = read_safetensors(folder / "model.safetensors")
+    _check(folder / "model.safetensors", saved, weights, dtypes=True)
     state = read_json(folder / "state.json")
     theirs = state.pop("optimizer")
     if optimizer is not None:
@@ -343,9 +431,8 @@ def load_checkpoint(folder, model, optimizer=None) -> dict:
             optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
         for group, counters in zip(optimizer.param_groups, theirs["counters"]):
             group.update(counters)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+    for name, weight in weights.items():
+        weight.copy_(saved[name])
     return state
 
 

@@ -56,7 +56,7 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float = 10000.0, dty
     table over all positions: `rope_tables(torch.arange(P), head_dim)`.
     """
     dtype = torch.promote_types(dtype, torch.float32)  # 16 bits cannot count the positions
-    frequencies = theta ** (torch.arange(0, head_dim, 2, device=position_ids.device).to(dtype) / -head_dim)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=position_ids.device).to(dtype) / head_dim)
     angles = position_ids[..., None, None].to(dtype) * frequencies
     return angles.cos(), angles.sin()
 

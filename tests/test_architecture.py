@@ -11,13 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"torch", "triton", "numpy", "sentencepiece", "tiktoken", "pytest"} | {"regex", "jinja2"}  # the last two come along
 FOLDERS = ("kernels", "parallel", "data")
-GROUND = {"optim", "logprobs", "cli", "quant", "lora", "metrics", "adapters", "sandbox"}  # import nothing of the project
+GROUND = {"optim", "logprobs", "cli", "quant", "lora", "metrics", "adapters", "sandbox", "moe", "hf_config"}  # import nothing of the project
 LEVEL = {"model": 1, "checkpoint": 2, "calibrate": 2, "generate": 3, "evaluate": 3, "convert": 3, "serve": 3}  # imports go down
 LEVEL_OF_STAGES = 4
 ENTRY = {"data/prepare.py", "data/chat.py", "parallel/__init__.py", "parallel/ledger.py"}  # may import siblings, lazily
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))))
 LIFTABLE = [f for f in FILES if (f.split("/")[0] in FOLDERS and f not in ENTRY and not f.endswith("__init__.py"))
-            or f in ("model.py", "lora.py", "quant.py", "logprobs.py", "optim.py", "cli.py", "metrics.py")]
+            or f in ("model.py", "moe.py", "hf_config.py", "lora.py", "quant.py", "logprobs.py", "optim.py", "cli.py", "metrics.py")]
 
 
 def imports(file: str) -> list[tuple[str, bool]]:
@@ -124,5 +124,5 @@ def test_no_file_imports_a_stage(file):
 def test_stages_stay_within_a_reader_s_sitting():
     for file in FILES:
         lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
-        limit = {"cli.py": 99, "train_ppo.py": 450}.get(file, 350 if file.startswith("train_") else 600)
+        limit = {"cli.py": 99, "train_ppo.py": 450, "data/tokenizer.py": 720}.get(file, 350 if file.startswith("train_") else 600)
         assert lines <= limit, f"{file} has {lines} lines"

@@ -592,7 +592,7 @@ def test_folders_that_are_no_models(tmp_path):
                       ({"num_attention_heads": None}, "num_attention_heads must be given"),
                       ({"hidden_size": "many"}, "no model can be built from its config.json"),
                       ({"num_attention_heads": 3}, "no multiple of"),
-                      ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling"),
+                      ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope scaling 'longrope' is not supported"),
                       ({"intermediate_size": 40}, "model.layers.0.mlp.gate_proj.weight is torch.float32 (24, 32)"),
                       ({"num_hidden_layers": 1}, "unknown tensors: model.layers.1."),
                       ({"num_hidden_layers": 3}, "missing tensors: model.layers.2.")):

@@ -345,7 +345,7 @@ def test_impossible_shapes_are_refused(change, complaint):
     (dict(model_type="gpt_neox"), "gpt_neox"),
     (dict(hidden_act="gelu"), "hidden_act"),
     (dict(mlp_bias=True), "mlp_bias"),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope scaling"),
+    (dict(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "rope scaling 'longrope' is not supported; supported: default, linear"),
     (dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]), "layer_types"),
 ])
 def test_hugging_face_settings_that_would_change_the_output_are_refused(change, complaint):
