@@ -15,6 +15,7 @@ from logprobs import sequence_logprobs
 from lora import (LoRAConfig, LoRALinear, adapted, apply_lora, disable_adapters, load_adapter, merge_lora, parameter_report,
                   read_peft, remove_lora, save_adapter, set_adapter, unmerge_lora, use_adapter)
 from model import CausalLM, ModelConfig
+from quant import quantize_model
 from train_dpo import preference_loss
 
 KINDS = {"lora": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True)}
@@ -406,6 +407,32 @@ def test_a_layer_that_does_more_than_multiply_is_adapted_but_not_merged():
     assert torch.equal(model["f"](torch.ones(1, 4)), model["f"].base_layer(torch.ones(1, 4)))
     with pytest.raises(ValueError, match="f: a Rounding does more than multiply"):
         merge_lora(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["nf4", "int8", "int4"])
+def test_qlora_is_lora_on_the_dequantized_weights(method, kind):
+    """quant.py's layers under adapters: outputs, gradients and the merged model equal those on plain layers W ~ Q(W)."""
+    shape, ids = dict(dtype=torch.float32, hidden_size=64, initializer_range=0.1), tokens()
+    quantized, plain = quantize_model(tiny(**shape), method), tiny(**shape)
+    with torch.no_grad():
+        for path, module in quantized.named_modules():
+            if callable(getattr(module, "dequantize", None)):
+                plain.get_submodule(path).weight.copy_(module.dequantize())
+    base, results = quantized(ids), []
+    for model in (quantized, plain):
+        apply_lora(model, LoRAConfig(r=4, **KINDS[kind]))
+        assert model is plain or torch.equal(model(ids), base)
+        shaken(model)
+        model.model.activation_checkpointing = "full"
+        (out := model(ids)).sin().sum().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    assert parameter_report(quantized)["total"] == parameter_report(plain)["total"]
+    merge_lora(quantized, final=True)
+    assert {type(m) for m in quantized.modules()} == {type(m) for m in tiny().modules()}
+    assert torch.allclose(quantized(ids), results[0][0], atol=1e-3)
 
 
 def test_merging_refuses_what_is_not_finite_or_merged_with_another():
