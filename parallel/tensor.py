@@ -13,9 +13,9 @@ are not kept t times. g becomes a reduce-scatter, f an all-gather: together the 
 
 Cross-entropy never gathers logits: three reductions of one number per token (maximum, sum of exponentials, target).
 
-    model = tensor_parallel(CausalLM(config), group)                # in place; the same names, thinner tensors
+    model = tensor_parallel(CausalLM(config), group)           # in place; the same names, thinner tensors
     loss = vocab_parallel_cross_entropy(model(input_ids), labels, group, vocab_size).sum() / counted
-    weights = full_state(model, group)                              # whole again, to save
+    weights = full_state(model, group)                         # whole again, to save
 
 Sources: Shoeybi et al. (arXiv:1909.08053), section 3; Korthikanti et al. (arXiv:2205.05198), section 4.
 """
@@ -182,16 +182,15 @@ def tensor_parallel(model: nn.Module, group, sequence_parallel: bool = False) ->
 
     model(input_ids) then returns this rank's slice of the logits, (B, S, ceil(V / t)). sequence_parallel: S must be a
     multiple of t. A parameter that stays whole but sees only a part of the gradient, because it works on this rank's
-    heads or positions, says so: placement {"partial": ("tp",)}. ValueError names what does not divide.
+    heads or positions, says so: placement {"partial": ("tp",)}. Of experts each rank has a slice of every one, between
+    an f and a g of their own (of k rows a token: `ep` sends less). ValueError names what does not divide.
     """
     if group is None:
         return model
     t, rank, c = dist.get_world_size(group), dist.get_rank(group), model.config
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (size := getattr(c, name)) % t:
-            fitting = [n for n in range(1, size + 1) if all(getattr(c, other) % n == 0 for other in (
-                "num_attention_heads", "num_key_value_heads", "intermediate_size"))]
-            raise ValueError(f"tp {t} does not divide {name} {size}; these would: {', '.join(map(str, fitting))}")
+    check_divisible(model, t)
+    if sequence_parallel and any(hasattr(layer.mlp, "experts") for layer in model.model.layers):
+        raise ValueError("sequence parallelism cannot cut layers with experts; take tp without it, or ep")
 
     def partial(parameter: nn.Parameter | None) -> None:
         if parameter is not None:
@@ -215,30 +214,37 @@ def tensor_parallel(model: nn.Module, group, sequence_parallel: bool = False) ->
     def enter(module: nn.Module, arguments: tuple) -> tuple:
         return Enter.apply(arguments[0], group, sequence_parallel), *arguments[1:]
 
-    def with_own_dropout(attend):
-        def attend_(q, k, v, mask, dropout=0.0):
-            if not dropout:
-                return attend(q, k, v, mask, dropout)
-            with own_randomness(rank, q.device):
-                return attend(q, k, v, mask, dropout)
-        return attend_
+    def cut_mlp(mlp: nn.Module) -> None:
+        mlp.register_forward_pre_hook(enter)
+        column(mlp.gate_proj)
+        column(mlp.up_proj)
+        row(mlp.down_proj)
+
+    def cut_experts(experts: nn.Module) -> None:  # stacked matrices (E, out, in)
+        experts.register_forward_pre_hook(enter)
+        experts.gate_proj, experts.up_proj = shard(experts.gate_proj, 1, group), shard(experts.up_proj, 1, group)
+        experts.down_proj = shard(experts.down_proj, 2, group)
+        experts.register_forward_hook(lambda module, arguments, rows: Leave.apply(rows, group, False))
 
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+        attention.register_forward_pre_hook(enter)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             column(linear)
         row(attention.o_proj)
-        row(mlp.down_proj)
-        attention.register_forward_pre_hook(enter)
-        mlp.register_forward_pre_hook(enter)
-        if hasattr(attention, "attend"):
-            attention.attend = with_own_dropout(attention.attend)
-        if c.qk_norm:  # on this rank's heads only, whichever way the positions go
+        attention.attend = attend_with_own_heads(attention.attend, c.num_attention_heads, rank, t)
+        if c.qk_norm:  # on this rank's heads only, with or without sequence parallelism
             partial(attention.q_norm.weight)
             partial(attention.k_norm.weight)
         if sequence_parallel:
             partial(layer.input_layernorm.weight)
             partial(layer.post_attention_layernorm.weight)
+        if hasattr(mlp, "experts"):  # the router stays whole, before f: each rank has its whole gradient
+            cut_experts(mlp.experts)
+            if mlp.shared_experts is not None:
+                cut_mlp(mlp.shared_experts)
+        else:
+            cut_mlp(mlp)
     embed, head = model.model.embed_tokens, model.lm_head
     tied = head.weight is embed.weight
     embed.__class__ = VocabParallelEmbedding
@@ -250,7 +256,37 @@ def tensor_parallel(model: nn.Module, group, sequence_parallel: bool = False) ->
     head.register_forward_pre_hook(enter)
     if sequence_parallel:
         partial(model.model.norm.weight)
+        if hasattr(model.model, "embed_positions"):  # learned positions: of this rank's tokens
+            partial(model.model.embed_positions.weight)
+            model.model.embed_positions.register_forward_hook(lambda module, arguments, x: x.chunk(t, dim=1)[rank])
     return model
+
+
+def check_divisible(model: nn.Module, t: int) -> None:
+    """ValueError: a number of heads, or a width between f and g, that t does not divide."""
+    c = model.config
+    sizes = {"num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads}
+    for layer in model.model.layers:
+        sparse = hasattr(layer.mlp, "experts")
+        sizes["moe_intermediate_size" if sparse else "intermediate_size"] = (
+            layer.mlp.experts.gate_proj.shape[1] if sparse else layer.mlp.gate_proj.out_features)
+    for name, size in sizes.items():
+        if size % t:
+            fitting = [str(n) for n in range(1, size + 1) if all(other % n == 0 for other in sizes.values())]
+            raise ValueError(f"tp {t} does not divide {name} {size}; these would: {', '.join(fitting)}")
+
+
+def attend_with_own_heads(attend, heads: int, rank: int, t: int):
+    """attend(q, k, v, mask, dropout) with this rank's part of what is said per head: ALiBi's biases, dropout's masks."""
+    def own(q, k, v, mask, dropout=0.0):
+        if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:  # (B, H, S, T)
+            mask = mask.chunk(t, dim=1)[rank]
+        if not dropout:
+            return attend(q, k, v, mask, dropout)
+        with own_randomness(rank, q.device):
+            return attend(q, k, v, mask, dropout)
+
+    return own
 
 
 def whole(tensor: Tensor, placement: dict, group) -> Tensor:

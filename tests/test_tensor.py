@@ -31,8 +31,18 @@ def sharded(world, changes, sequence_parallel, steps=3):
     return history
 
 
-FAMILIES = {"llama": {}, "tied": dict(tie_word_embeddings=True), "qwen2": dict(attention_bias=True, model_type="qwen2"),
-            "biases": dict(attention_bias=True), "qwen3": dict(qk_norm=True, tie_word_embeddings=True)}
+FAMILIES = {"llama": {}, "qwen2": dict(attention_bias=True, model_type="qwen2"), "biases": dict(attention_bias=True),
+            "qwen3": dict(qk_norm=True, tie_word_embeddings=True), "alibi": dict(position_embedding_type="alibi"),
+            "learned": dict(position_embedding_type="learned", final_logit_softcapping=3.0, attn_logit_softcapping=2.0)}
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6, num_hidden_layers=2, mlp_only_layers=[0])
+
+
+def test_experts_cut_too_equal_one_process():
+    changes = EXPERTS | dict(n_shared_experts=1)
+    truth = train(tiny_model(**changes), batches())
+    assert truth[0]["grads"]["model.layers.1.mlp.gate.weight"].abs().max() > 1e-3  # the router's: whole on every rank
+    for history in run_on(2, sharded, changes, False):
+        assert_same(history, truth)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,9 +176,9 @@ def test_bias_of_a_row_parallel_layer_is_added_once():
 def heads_that_do_not_divide(world):
     messages = []
     for changes in (dict(num_key_value_heads=2), dict(num_attention_heads=6, num_key_value_heads=6, hidden_size=12),
-                    dict(num_key_value_heads=4, intermediate_size=26)):
+                    dict(num_key_value_heads=4, intermediate_size=26), EXPERTS):
         with pytest.raises(ValueError) as error:
-            tensor.tensor_parallel(tiny_model(**changes), GROUP())
+            tensor.tensor_parallel(tiny_model(**dict(num_key_value_heads=4) | changes), GROUP())
         messages.append(str(error.value))
     return messages
 
@@ -177,7 +187,8 @@ def test_fewer_key_heads_than_ranks_are_refused_with_one_line():
     for messages in run_on(4, heads_that_do_not_divide):
         assert messages == ["tp 4 does not divide num_key_value_heads 2; these would: 1, 2",
                             "tp 4 does not divide num_attention_heads 6; these would: 1, 2, 3, 6",
-                            "tp 4 does not divide intermediate_size 26; these would: 1, 2"]
+                            "tp 4 does not divide intermediate_size 26; these would: 1, 2",
+                            "tp 4 does not divide moe_intermediate_size 6; these would: 1, 2"]
 
 
 def masks(world):
