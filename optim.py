@@ -106,7 +106,7 @@ class Adafactor(torch.optim.Optimizer):
     A matrix keeps the mean of g^2 of each row and of each column (R, C); v = R C / mean(R) is their rank-1 estimate.
     Steps are relative to the weights: lr (at most 1 / sqrt(t)) times max(eps2, RMS(W)), so lr is ~1e-2, not ~1e-3.
     `d` clips the RMS of an update. As in torch, and unlike the paper, eps1 (None: the dtype's epsilon) bounds the
-    divisors from below and is not added to g^2. No first moment.
+    divisors from below and is not added to g^2. No first moment. Of a stack (experts, r, c) each matrix goes by itself.
     """
 
     def __init__(self, params, lr=1e-2, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0, weight_decay=0.0):
@@ -120,7 +120,8 @@ class Adafactor(torch.optim.Optimizer):
             for p in params:
                 g, state = p.grad, self.state[p]
                 tiny = torch.finfo(p.dtype).eps if eps1 is None else eps1
-                alpha = p.square().mean().sqrt().clamp_min(eps2) * min(lr, t**-0.5)  # 0-d tensor: no wait for the GPU
+                each = tuple(range(-min(p.ndim, 2), 0))  # a stack of matrices (experts): each has its own RMS
+                alpha = p.square().mean(each, keepdim=True).sqrt().clamp_min(eps2) * min(lr, t**-0.5)
                 p.mul_(1 - lr * group["weight_decay"])
                 fresh = t ** group["beta2_decay"]  # 1 - beta2 of this step: 1 at t = 1, so no bias to correct
                 if p.ndim >= 2:
@@ -134,7 +135,7 @@ class Adafactor(torch.optim.Optimizer):
                 else:
                     v = _state(self, [p], "variance")[0].lerp_(g.square(), fresh).clone()
                 update = v.clamp_(min=tiny * tiny).rsqrt_().mul_(g)
-                rms = update.square().mean().sqrt()
+                rms = update.square().mean(each, keepdim=True).sqrt()
                 p.sub_(update.mul_(alpha / (rms / group["d"]).clamp_min(1.0)))
 
 
@@ -246,7 +247,7 @@ def build_optimizer(name, named_parameters, *, lr, weight_decay=0.1, betas=None,
     groups = defaultdict(list)  # (is a hidden matrix for Muon, is decayed) -> parameters
     for key, p in named_parameters:
         if p.requires_grad:
-            hidden = p.ndim >= 2 and "embed_tokens" not in key and "lm_head" not in key
+            hidden = p.ndim >= 2 and "embed_" not in key and "lm_head" not in key
             groups[name == "muon" and hidden, p.ndim >= 2].append(p)
     params = [dict(params=ps, use_muon=muon, weight_decay=weight_decay if decayed else 0.0)
               for (muon, decayed), ps in groups.items()]
