@@ -26,7 +26,7 @@ import torch.distributed as dist
 _worlds: dict[int, "World"] = {}
 
 
-def run_on(world_size: int, function, *args, timeout: float = 120.0) -> list:
+def run_on(world_size: int, function, *args, timeout: float = 300.0) -> list:
     """-> [function(world_size, *args) of rank 0, of rank 1 ...], run as ranks of one gloo world; seed 0 on each.
 
     `function` stands at the top of a module; arguments and results go through pickle. RuntimeError gives the rank and
