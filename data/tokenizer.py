@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE (trained here, or loaded), characters, and sentencepiece.
+"""Text to token ids and back: byte-level BPE (trained here, or loaded), characters, and sentencepiece's pieces.
 
 Byte-pair encoding (Sennrich et al. 2016; over bytes: GPT-2, 2019) in three steps:
 
@@ -9,7 +9,7 @@ Byte-pair encoding (Sennrich et al. 2016; over bytes: GPT-2, 2019) in three step
 Training finds the ranks: count all neighbouring pairs, make the most frequent one a token, repeat. The whole tokenizer
 is then one table {token bytes: rank}. `BPETokenizer.encode_reference` applies it in a few lines of Python; `encode`
 hands it to tiktoken, which does the same in Rust (by another regex engine: where the Unicode tables of the two are of
-different years, so are the cuts).
+different years, so are the cuts). Llama 2's kind merges characters, and spells as bytes those that no token has.
 
     tokenizer = BPETokenizer.train(texts, vocab_size=8192)
     tokenizer.save("out/tokenizer")                    # a Hugging Face tokenizer.json
@@ -19,6 +19,7 @@ Special tokens ("<|endoftext|>") never come out of plain text, unless the caller
 """
 
 import base64
+import functools
 import heapq
 import itertools
 import json
@@ -34,6 +35,8 @@ import tiktoken
 
 # How published tokenizers cut text. QWEN2 is the default: it keeps each digit apart, which helps arithmetic.
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# SmolLM's: each digit apart first, then GPT-2's on the stretches between, whose ends are ends of a text for \s+(?!\S).
+SMOLLM_PATTERN = r"""\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
 CL100K_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
                   r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
 QWEN2_PATTERN = CL100K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -50,7 +53,9 @@ TIKTOKEN_FILES = {
                                      "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
     "o200k_base": (O200K_PATTERN, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
 }
-
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # what a tokenizer.json says of a token that it adds
+PARTS = ("normalizer", "pre_tokenizer", "decoder")
+BLANK = "\u2581"  # stands for a blank in sentencepiece's pieces
 
 # ------------------------------------------------------------------------------------------------- training and merging
 
@@ -117,16 +122,46 @@ def merge_bytes(piece: bytes, ranks: dict[bytes, int], below: float = float("inf
     return parts
 
 
+def merge_pairs(parts: Iterable[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """The same where pairs have the ranks, in O(n log n): Chinese has no blanks, so its pre-tokens are long."""
+    parts = list(parts)
+    left, right = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+    heap = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = right[i]
+        if j == len(parts) or ranks.get((parts[i], parts[j])) != rank:  # one of the two has been merged since
+            continue
+        parts[i], parts[j], right[i] = parts[i] + parts[j], "", right[j]
+        if right[i] < len(parts):
+            left[right[i]] = i
+        for a, b in ((left[i], i), (i, right[i])):
+            if a >= 0 and b < len(parts) and (parts[a], parts[b]) in ranks:
+                heapq.heappush(heap, (ranks[parts[a], parts[b]], a))
+    return [part for part in parts if part]
+
+
 # ------------------------------------------------------------------------------------------ text, special tokens, bytes
 
-def _cut_out(text: str, names: Iterable[str]) -> list[str]:
-    """Cut `text` around each occurrence of a name (the longest that fits, from the left); the names stay as parts."""
+def _cut_out(text: str, names: Iterable[str], flags: dict[str, set[str]]) -> Iterator[tuple[str, str | None]]:
+    """Cut `text` around each name (the longest that fits, from the left): (stretch, None), (stretch, its name) ...
+    By its flags a name takes the white space beside it along (lstrip, rstrip), or touches no other word."""
+    def pattern(name: str) -> str:
+        found, how = f"({regex.escape(name)})", flags.get(name, ())
+        found = rf"(?<!\w){found}(?!\w)" if "single_word" in how else found
+        return r"(?:(?<!\s)\s+)?" * ("lstrip" in how) + found + r"\s*" * ("rstrip" in how)
+
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"half a surrogate pair: {text[error.start]!r} at character {error.start}") from None
-    alternatives = "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
-    return [part for part in regex.split(f"({alternatives})", text) if part] if alternatives else [text]
+    at, names = 0, sorted(names, key=len, reverse=True)
+    for match in regex.finditer("|".join(map(pattern, names)), text) if names else ():
+        yield text[at:match.start()], None
+        yield match.group(), match[match.lastindex]
+        at = match.end()
+    yield text[at:], None
 
 
 def _training_text(texts: Iterable[str], special_tokens: list[str]) -> Iterator[str]:
@@ -134,7 +169,7 @@ def _training_text(texts: Iterable[str], special_tokens: list[str]) -> Iterator[
     if isinstance(texts, str):
         raise ValueError("texts must be several texts (a list, a generator ...), not one string")
     for text in texts:
-        yield from (part for part in _cut_out(text, special_tokens) if part not in special_tokens)
+        yield from (part for part, name in _cut_out(text, special_tokens, {}) if not name)
 
 
 # Files spell a token's bytes in GPT-2's printable alphabet: visible Latin-1 characters, and U+0100 on for the others.
@@ -152,15 +187,19 @@ def _from_printable(token: str) -> bytes:
 # ----------------------------------------------------------------------------------------------------------- tokenizers
 
 class Tokenizer:
-    """What all tokenizers share. A subclass adds `_encode_plain(text)`, which knows no special tokens, and
-    `save(directory)`, which writes the files that `load_tokenizer(directory)` reads, each atomically."""
+    """What all tokenizers share. A subclass adds `_encode_plain(text, first)`, which knows no special tokens (`first`:
+    nothing stands before), and `save(directory)`, which writes what `load_tokenizer(directory)` reads, atomically."""
 
     def __init__(self, tokens: list[tuple[bytes, int]], special_tokens: dict[str, int], added_tokens=None, *,
                  bos: int | None = None, eos: int | None = None, pad: int | None = None):
         self.special_tokens = special_tokens      # text -> id; found in text only when `allowed_special` says so
         self.added_tokens = added_tokens or {}    # text -> id; whole words of the vocabulary, always found in text
+        self.flags: dict[str, set[str]] = {}      # of both: FLAGS that hold; "normalized": looked for in such text
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
-        self.chat_template: str | None = None     # Jinja text for Hugging Face's apply_chat_template; unused here
+        self.prefix_ids, self.suffix_ids = [], []  # BOS, EOS that Hugging Face puts around a text: encode does not
+        self.chat_template: str | None = None     # Jinja text for Hugging Face's apply_chat_template
+        self._post_processor, self._config = None, {}  # of the files, to be written back
+        self._strip = False                       # whether a blank at the beginning is the one put before the text
         tokens = tokens + [(name.encode(), i) for name, i in (special_tokens | self.added_tokens).items()]
         if not all(isinstance(i, int) and i >= 0 for _, i in tokens):
             raise ValueError("an id in the vocabulary is not a whole number")
@@ -192,10 +231,23 @@ class Tokenizer:
             if name not in self.special_tokens:
                 raise ValueError(f"allowed_special: {name!r} is no special token of this tokenizer")
             whole[name] = self.special_tokens[name]
+        return self._encode(text, whole, self._encode_plain)
+
+    def _encode(self, text: str, whole: dict[str, int], encode_plain) -> list[int]:
+        """Cut out the tokens that are found in the text as it is, normalize the rest, cut out those found in that."""
+        late = {self._normalize(name): name for name in whole if "normalized" in self.flags.get(name, ())}
+        flags = {name: self.flags[original] for name, original in late.items()}
         ids: list[int] = []
-        for part in _cut_out(text, whole):
-            ids += [whole[part]] if part in whole else self._encode_plain(part)
+        for part, name in _cut_out(text, whole.keys() - late.values(), self.flags):
+            if name:
+                ids.append(whole[name])
+            elif part:
+                for piece, found in _cut_out(self._normalize(part), late, flags):
+                    ids += [whole[late[found]]] if found else encode_plain(piece, not ids) if piece else []
         return ids
+
+    def _normalize(self, text: str) -> str:
+        return text
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of each text. (No threads: they measured no faster, lists of ids are made under Python's lock.)"""
@@ -208,31 +260,33 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 bytes of `ids`; one token may hold part of a character. ValueError: an unknown id."""
         try:
-            return b"".join([self._bytes[i] for i in ids])
+            raw = b"".join([self._bytes[i] for i in ids])
         except KeyError as error:
             raise ValueError(f"token id {error.args[0]} is not in the vocabulary (size {self.vocab_size})") from None
+        return raw[1:] if self._strip and raw[:1] == b" " else raw
 
-    def _save_json(self, directory: str | os.PathLike, vocab: dict[str, int], merges: list[str], decoder: dict, *,
-                   ignore_merges=False, nfc=False, pre_tokenizer=None) -> None:
+    def _save_json(self, directory: str | os.PathLike, model: dict, **steps) -> None:
         """Hugging Face's tokenizer.json, and tokenizer_config.json for transformers' AutoTokenizer."""
         names = self.special_tokens | self.added_tokens
-        added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                  "normalized": False, "special": name in self.special_tokens}
+        added = [{"id": i, "content": name, **{flag: flag in self.flags.get(name, ()) for flag in FLAGS},
+                  "special": name in self.special_tokens}
                  for name, i in sorted(names.items(), key=lambda item: item[1])]
         # Added tokens stand in the vocabulary too: else Hugging Face numbers them anew, from its end.
-        vocab = dict(sorted((vocab | names).items(), key=lambda item: item[1]))
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges,
-                 "vocab": vocab, "merges": merges}
-        ends = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
-        tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                     "normalizer": {"type": "NFC"} if nfc else None, "pre_tokenizer": pre_tokenizer,
-                     "post_processor": None, "decoder": decoder, "model": model}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                  **{end: None if i is None else self.decode([i]) for end, i in ends.items()},
-                  **({} if self.chat_template is None else {"chat_template": self.chat_template})}
-        for name, data in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-            _write(Path(directory) / name, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode())
+        vocab = dict(sorted((model["vocab"] | names).items(), key=lambda item: item[1]))
+        usual = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+        data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+                "pre_tokenizer": None, "post_processor": self._post_processor, **steps,
+                "model": usual | model | {"vocab": vocab}}
+        _write(Path(directory) / "tokenizer.json", data)
+        self._save_config(directory, tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+
+    def _save_config(self, directory: str | os.PathLike, **config) -> None:
+        names = {i: name for name, i in (self.special_tokens | self.added_tokens).items()}
+        for end, i in (("bos", self.bos_token_id), ("eos", self.eos_token_id), ("pad", self.pad_token_id)):
+            config[f"{end}_token"] = None if i is None else names.get(i) or self.decode([i])
+        config |= self._config | ({} if self.chat_template is None else {"chat_template": self.chat_template})
+        _write(Path(directory) / "tokenizer_config.json", config)
 
 
 class BPETokenizer(Tokenizer):
@@ -293,25 +347,21 @@ class BPETokenizer(Tokenizer):
 
     def encode_reference(self, text: str) -> list[int]:
         """The same ids as `encode(text)`, in plain Python: split, then merge, unless a piece is a token as it is."""
-        ids: list[int] = []
-        for part in _cut_out(text, self.added_tokens):
-            if part in self.added_tokens:
-                ids.append(self.added_tokens[part])
-                continue
-            for piece in map(str.encode, self.split(self._prepare(part))):
-                tokens = [piece] if piece in self.ranks else merge_bytes(piece, self.ranks)
-                ids += [self.vocab[token] for token in tokens]
-        return ids
+        def encode_plain(part: str, first: bool) -> list[int]:
+            pieces = [piece.encode() for piece in self.split(part)]
+            merged = [[piece] if piece in self.ranks else merge_bytes(piece, self.ranks) for piece in pieces]
+            return [self.vocab[token] for token in itertools.chain.from_iterable(merged)]
 
-    def _encode_plain(self, text: str) -> list[int]:
-        text = self._prepare(text)
+        return self._encode(text, self.added_tokens, encode_plain)
+
+    def _encode_plain(self, text: str, first: bool) -> list[int]:
         if len(text) > 900_000 and regex.search(r"\s{900000}", text):  # a million blanks overflow tiktoken's stack
             ranks = [rank for piece in self.split(text) for rank in self._tiktoken._encode_single_piece(piece)]
         else:
             ranks = self._tiktoken.encode_ordinary(text)
         return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
 
-    def _prepare(self, text: str) -> str:
+    def _normalize(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         if self._missing_bytes and (missing := self._missing_bytes.intersection(text.encode())):
             raise ValueError(f"this tokenizer has no token for byte {min(missing):#04x} ({chr(min(missing))!r})")
@@ -326,8 +376,9 @@ class BPETokenizer(Tokenizer):
         merges = [" ".join(map(spelled.get, pair)) for pair in parts if len(pair) == 2 and spelled.keys() >= set(pair)]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        self._save_json(directory, {spelled[token]: i for token, i in self.vocab.items()} | self.unreachable, merges,
-                        byte_level, ignore_merges=len(merges) < len(parts), nfc=self.nfc,
+        model = {"vocab": {spelled[token]: i for token, i in self.vocab.items()} | self.unreachable, "merges": merges,
+                 "ignore_merges": len(merges) < len(parts)}
+        self._save_json(directory, model, normalizer={"type": "NFC"} if self.nfc else None, decoder=byte_level,
                         pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]})
 
 
@@ -348,7 +399,7 @@ class CharTokenizer(Tokenizer):
         end = special[names[0]] if names else None
         return cls({character: i for i, character in enumerate(characters)}, special, bos=end, eos=end, pad=end)
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, first: bool) -> list[int]:
         try:
             return list(map(self.vocab.__getitem__, text))
         except KeyError as missing:
@@ -356,7 +407,51 @@ class CharTokenizer(Tokenizer):
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json (to Hugging Face: BPE without merges, whose decoder just joins) and its config."""
-        self._save_json(directory, self.vocab, [], {"type": "Fuse"})
+        self._save_json(directory, {"vocab": self.vocab, "merges": []}, decoder={"type": "Fuse"})
+
+
+class PieceTokenizer(Tokenizer):
+    """Llama 2's kind as a tokenizer.json: BPE over characters with U+2581 for a blank, and bytes to fall back on.
+
+    prefix    who puts a blank before a text: "normalizer" and "always" before each part between special tokens too,
+              the latter unless there is one; "first" as that, but only where the text begins; or "never"
+    split     whether no token crosses a blank (one of several has none before it)
+    strip     whether decoding takes that blank away"""
+
+    def __init__(self, data: dict, special_tokens: dict[str, int], added_tokens: dict[str, int], *, prefix: str,
+                 split: bool, strip: bool, **ends: int | None):
+        self._model, self._steps = data["model"], {key: data.get(key) for key in PARTS}
+        names = special_tokens | added_tokens
+        self.vocab = {piece: i for piece, i in self._model["vocab"].items() if piece not in names}
+        self._byte_ids = [self.vocab.get(f"<0x{b:02X}>") for b in range(256)]
+        if None in self._byte_ids:
+            raise ValueError(f"byte_fallback without <0x{self._byte_ids.index(None):02X}> is not supported")
+        spelled = {i: bytes([b]) for b, i in enumerate(self._byte_ids)}
+        super().__init__([(spelled.get(i) or piece.replace(BLANK, " ").encode(), i) for piece, i in self.vocab.items()],
+                         special_tokens, added_tokens, **ends)
+        self.prefix, self._strip = prefix, strip
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(_pairs(self._model["merges"], self.vocab))}
+        # Where no token goes from a letter to a blank, the words of a text are merged apart, and the same one once.
+        apart = not any(regex.search(f"[^{BLANK}]{BLANK}", a + b) for a, b in self.ranks)
+        self._words = regex.compile(f"{BLANK}{'?' if split else '*'}[^{BLANK}]*" if split or apart else "(?s).*")
+        self._ids_of_word = functools.lru_cache(1 << 16)(self._merge)
+
+    def _normalize(self, text: str) -> str:
+        return BLANK * (self.prefix == "normalizer") + text.replace(" ", BLANK)
+
+    def _encode_plain(self, text: str, first: bool) -> list[int]:
+        if (self.prefix == "always" or self.prefix == "first" and first) and text[0] != BLANK:
+            text = BLANK + text
+        return [i for word in self._words.findall(text) for i in self._ids_of_word(word)]
+
+    def _merge(self, word: str) -> list[int]:
+        pieces = [word] if self._model.get("ignore_merges") and word in self.vocab else merge_pairs(word, self.ranks)
+        return [i for piece in pieces for i in ([self.vocab[piece]] if piece in self.vocab else
+                                                [self._byte_ids[b] for b in piece.encode()])]
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write tokenizer.json, with the merges and steps that were read, and its config."""
+        self._save_json(directory, self._model, **self._steps)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -371,7 +466,7 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
         special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)}
         # A byte is spelled "<0x0A>"; in other pieces U+2581 stands for a blank.
-        tokens = [(bytes([int(piece[1:-1], 16)]) if model.is_byte(i) else piece.replace("\u2581", " ").encode(), i)
+        tokens = [(bytes([int(piece[1:-1], 16)]) if model.is_byte(i) else piece.replace(BLANK, " ").encode(), i)
                   for i, piece in enumerate(pieces) if piece not in special]
         ends = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
         super().__init__(tokens, special, **{end: i for end, i in ends.items() if i >= 0})
@@ -382,7 +477,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(f"a sentencepiece model takes no further special tokens: {' '.join(missing)}")
         return 0
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, first: bool) -> list[int]:
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -397,8 +492,9 @@ class SentencePieceTokenizer(Tokenizer):
         return raw[max(implied, 0):]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write `directory`/tokenizer.model, which has no place for a chat template."""
+        """Write `directory`/tokenizer.model, and tokenizer_config.json for what that has no place for."""
         _write(Path(directory) / "tokenizer.model", self._model_proto)
+        self._save_config(directory)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -406,18 +502,18 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer from a file, or from the folder that holds one:
 
-        tokenizer.json (any *.json)   ours, or Hugging Face's byte-level BPE; BOS, EOS and padding come from
-                                      tokenizer_config.json beside it; without one, <|endoftext|> is EOS if it exists
+        tokenizer.json (any *.json)   ours, or Hugging Face's BPE, byte-level or with byte fallback
         tokenizer.model (*.model*)    sentencepiece
         vocab.bpe (*.bpe)             GPT-2's, with encoder.json beside it
         r50k_base.tiktoken ...        ranks of tiktoken's published encodings, known by their names
 
-    Tokens that a tokenizer.json marks as special are `special_tokens`; those it marks as not special are always found
-    in text, as Hugging Face does. ValueError: a broken file, or a feature that would change ids and is unknown here."""
+    Beside the first two, tokenizer_config.json tells BOS, EOS, padding and the chat template; without it <|endoftext|>
+    is EOS if it exists. Tokens that a tokenizer.json adds are `special_tokens`, or, if it marks them as not special,
+    always found in text, as Hugging Face does. ValueError: a broken file, or a part unknown here, by its name."""
     loaders = {".json": _load_json, ".bpe": _load_gpt2, ".tiktoken": _load_tiktoken}
     path = Path(path)
-    if path.is_dir():
-        names = ["tokenizer.model", "tokenizer.json", "vocab.bpe", *(name + ".tiktoken" for name in TIKTOKEN_FILES)]
+    if path.is_dir():  # tokenizer.json before tokenizer.model: tokens that were added later stand there only
+        names = ["tokenizer.json", "tokenizer.model", "vocab.bpe", *(name + ".tiktoken" for name in TIKTOKEN_FILES)]
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise FileNotFoundError(f"{path}: no tokenizer in this folder (looked for {', '.join(names)})")
@@ -430,7 +526,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         if path.suffix in loaders:
             return loaders[path.suffix](path)
         if ".model" in path.name:
-            return SentencePieceTokenizer(path.read_bytes())
+            return _configure(SentencePieceTokenizer(path.read_bytes()), path, {})
         raise ValueError("unknown kind of tokenizer file (known: *.json, *.model, *.bpe, *.tiktoken)")
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, UnicodeError) as error:
         raise ValueError(f"{path}: not a readable tokenizer ({type(error).__name__}: {error})") from None
@@ -440,73 +536,126 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def _load_json(path: Path) -> Tokenizer:
-    """Hugging Face's tokenizer.json: byte-level BPE, or our characters. Everything else is refused by name."""
+    """Hugging Face's tokenizer.json: BPE, byte-level or with byte fallback, or our characters; else refused by name."""
     data = _read_json(path)
     if "vocab" not in (data.get("model") or {}):
         raise ValueError("not a tokenizer.json: it has no model with a vocab")
-    model, splitter, normalizer = data["model"], data.get("pre_tokenizer"), data.get("normalizer")
-    tokens = data.get("added_tokens") or []
+    model, tokens = data["model"], data.get("added_tokens") or []
+    unknown = [model["type"]] if model.get("type", "BPE") != "BPE" else []
+    unknown += [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    if unknown:
+        raise ValueError(f"model {unknown[0]} is not supported (byte-level BPE is, and BPE with byte fallback)")
     special = {token["content"]: token["id"] for token in tokens if token.get("special")}
     added = {token["content"]: token["id"] for token in tokens if not token.get("special")}
-    joins = (data.get("decoder") or {}).get("type") == "Fuse"
-    characters = joins and splitter is None and not model.get("merges") and not added
-    pattern = _split_pattern(splitter or {})
-
-    unknown = [f"model {model['type']}"] if model.get("type", "BPE") != "BPE" else []
-    unknown += [f"model.{key}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                                           "byte_fallback") if model.get(key)]
-    unknown += [f"normalizer {normalizer['type']}"] if normalizer and normalizer["type"] != "NFC" else []
-    unknown += [f"{key} of added token {token['content']!r}" for token in tokens
-                for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
-    unknown += [f"pre_tokenizer {json.dumps(splitter)}"] if not (characters or pattern) else []
-    if unknown:
-        raise ValueError(f"{unknown[0]} is not supported (byte-level BPE is)")
-
-    ids, ends = model["vocab"] | special | added, {}
-    config_path = path.with_name("tokenizer_config.json")
-    default = {"eos_token": "<|endoftext|>"} if "<|endoftext|>" in ids else {}
-    config = _read_json(config_path) if config_path.is_file() else default
-    for end in ("bos", "eos", "pad"):
-        token = config.get(f"{end}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token is not None and token not in ids:
-            raise ValueError(config_path, f"{end}_token {token!r} is not in the vocabulary")
-        ends[end] = ids.get(token)
-    if characters:
-        made = CharTokenizer({token: i for token, i in model["vocab"].items() if token not in special}, special, **ends)
+    steps = {part: _steps(data.get(part)) for part in PARTS}
+    if model.get("byte_fallback"):
+        made = PieceTokenizer(data, special, added, **_blanks(steps))
+    elif steps["decoder"] == [{"type": "Fuse"}] and not (steps["pre_tokenizer"] or model.get("merges") or added):
+        made = CharTokenizer({token: i for token, i in model["vocab"].items() if token not in special}, special)
     else:
+        if not (nfc := steps["normalizer"] == [{"type": "NFC"}]) and steps["normalizer"]:
+            raise ValueError(f"normalizer {_named(steps['normalizer'])} is not supported (NFC is)")
         made = _from_merges(model["vocab"], model["merges"], special, added, whole=bool(model.get("ignore_merges")),
-                            pattern=pattern, nfc=bool(normalizer), **ends)
-    template = config.get("chat_template")
-    made.chat_template = template if isinstance(template, str) else None  # older files may hold a list of several
-    return made
+                            pattern=_split_pattern(steps["pre_tokenizer"]), nfc=nfc)
+    made.flags = {token["content"]: {flag for flag in FLAGS if token.get(flag)} for token in tokens}
+    return _configure(made, path, model["vocab"], data.get("post_processor"))
 
 
-def _split_pattern(splitter: dict) -> str | None:
-    """The pattern of ByteLevel (GPT-2's own), or of Sequence[Split(pattern), ByteLevel]; None for any other."""
-    match [{"use_regex": True, "invert": False, **step} for step in splitter.get("pretokenizers") or [splitter]]:
+def _steps(part: dict | None) -> list[dict]:
+    """The steps of a part of tokenizer.json, which may be a Sequence of them, or null."""
+    lists = [part[key] for key in ("normalizers", "pretokenizers", "decoders", "processors") if key in (part or {})]
+    return [inner for step in lists[0] for inner in _steps(step)] if lists else [part] if part else []
+
+
+def _named(steps: list[dict]) -> str:
+    return json.dumps(steps if len(steps) != 1 else steps[0], ensure_ascii=False)
+
+
+def _split_pattern(steps: list[dict]) -> str:
+    """The pattern of a byte-level pre-tokenizer: ByteLevel (GPT-2's own), or [Split(pattern), ByteLevel]."""
+    match [{"use_regex": True, "invert": False, **step} for step in steps]:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return SMOLLM_PATTERN
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
               | {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             return pattern
-    return None
+    raise ValueError(f"pre_tokenizer {_named(steps)} is not supported")
+
+
+def _blanks(steps: dict[str, list[dict]]) -> dict:
+    """What a tokenizer.json with byte fallback does about blanks: arguments of PieceTokenizer."""
+    read = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    prepend = {"type": "Prepend", "prepend": BLANK}
+    write = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    match steps["normalizer"], steps["pre_tokenizer"]:
+        case [*before, last], [] if last == write and before in ([], [prepend]):
+            found = {"prefix": "normalizer" if before else "never", "split": False}
+        case [], [{"type": "Metaspace", "replacement": "\u2581", **how}]:
+            scheme = how.get("prepend_scheme", "always" if how.get("add_prefix_space", True) else "never")
+            found = {"prefix": scheme, "split": how.get("split", True)}
+        case _:
+            found = {}
+    if not found or steps["decoder"] not in (read, read[:3]):
+        raise ValueError(f"byte_fallback with {_named([steps])} is not supported")
+    return found | {"strip": steps["decoder"] == read}
+
+
+def _configure(made: Tokenizer, path: Path, vocab: dict[str, int], post_processor: dict | None = None) -> Tokenizer:
+    """Set what the post-processor, and the files beside `path`, say of BOS, EOS, padding and the chat template."""
+    for step in _steps(post_processor):
+        if step["type"] == "TemplateProcessing":
+            ids = [step["special_tokens"][part["SpecialToken"]["id"]]["ids"] if "SpecialToken" in part else None
+                   for part in step["single"]]  # None stands for the text
+            made.prefix_ids = sum(ids[:ids.index(None)], made.prefix_ids)
+            made.suffix_ids = sum(ids[ids.index(None) + 1:], made.suffix_ids)
+        elif step["type"] != "ByteLevel":
+            raise ValueError(f"post_processor {step['type']} is not supported")
+    made._post_processor = post_processor
+    ids, config_path = vocab | made.special_tokens | made.added_tokens, path.with_name("tokenizer_config.json")
+    default = {"eos_token": "<|endoftext|>"} if "<|endoftext|>" in ids else {}
+    config = _read_json(config_path) if config_path.is_file() else default
+    for end in ("bos", "eos", "pad"):
+        if f"{end}_token" in config:
+            token = config[f"{end}_token"]
+            token = token["content"] if isinstance(token, dict) else token
+            if token is not None and token not in ids:
+                raise ValueError(config_path, f"{end}_token {token!r} is not in the vocabulary")
+            setattr(made, f"{end}_token_id", ids.get(token))
+    if isinstance(made, SentencePieceTokenizer):  # has no post-processor; transformers does not ask it of other files
+        made._config = {key: bool(config[key]) for key in ("add_bos_token", "add_eos_token") if key in config}
+        made.prefix_ids = [i for i in [made.bos_token_id] if made._config.get("add_bos_token") and i is not None]
+        made.suffix_ids = [i for i in [made.eos_token_id] if made._config.get("add_eos_token") and i is not None]
+    template = config.get("chat_template")  # a text, or several by name, or, in newer folders, a file
+    if isinstance(template, list):
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    beside = path.with_name("chat_template.jinja")
+    made.chat_template = beside.read_text(encoding="utf-8") if beside.is_file() else template
+    return made
+
+
+def _pairs(merges: list, vocab: dict[str, int]) -> list[list[str]]:
+    """Merges, written "a b" or, later, ["a", "b"]."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for number, pair in enumerate(pairs):
+        if len(pair) != 2 or not all(token in vocab for token in (*pair, "".join(pair))):
+            raise ValueError(f"merge {number} ({merges[number]!r}): not two tokens of the vocabulary that make a third")
+    return pairs
 
 
 def _from_merges(vocab: dict[str, int], merges: list, special: dict, added: dict, whole=False, **more) -> BPETokenizer:
-    """A tokenizer from a vocabulary in printable spelling and its merges ("a b", or ["a", "b"]).
+    """A tokenizer from a vocabulary in printable spelling and its merges.
 
     tiktoken merges any neighbours whose union is a token, Hugging Face only the listed pairs. With merges that training
     made (or that list every pair of a token) these are the same: a token's bytes have one way to be merged.
     `whole` (HF: ignore_merges): a pre-token that is a token is taken whole, even if no merge leads to it."""
     if not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
         raise ValueError("an id in the vocabulary is not a whole number")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    for number, pair in enumerate(pairs):
-        if len(pair) != 2 or not all(token in vocab for token in (*pair, "".join(pair))):
-            raise ValueError(f"merge {number} ({merges[number]!r}): not two tokens of the vocabulary that make a third")
-    order = dict.fromkeys(map("".join, pairs))  # a set that keeps its order: the token's first merge decides
+    order = dict.fromkeys(map("".join, _pairs(merges, vocab)))  # a set in its order: a token's first merge decides
     single = [token for token in vocab if token in _BYTE_OF_CHARACTER]
     rest = vocab.keys() - {*single, *order, *special, *added}
     for token in sorted(rest, key=vocab.__getitem__) if whole else ():
@@ -552,13 +701,14 @@ def _read_json(path: Path) -> dict:
     return data
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, content: bytes | dict) -> None:
     """Atomically: a reader, or a crash, sees the old file or the new one, never half of it."""
+    text = "" if isinstance(content, bytes) else json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            file.write(text.encode() or content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -6,15 +6,18 @@ import shutil
 import sysconfig
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import regex
 import sentencepiece
 import tiktoken
 from tiktoken_ext import openai_public
 
-from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, BPETokenizer, CharTokenizer,
-                            SentencePieceTokenizer, load_tokenizer, merge_bytes, train_bpe)
+from data.pieces import json_of_pieces, pieces_of_model
+from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, BPETokenizer, CharTokenizer, PieceTokenizer,
+                            SentencePieceTokenizer, load_tokenizer, merge_bytes, merge_pairs, train_bpe)
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SAMPLES = [
@@ -389,19 +392,20 @@ def put(*keys_and_value):
 @pytest.mark.parametrize("change, message", [
     (put("model", "type", "Unigram"), "model Unigram is not supported"),
     (put("model", "type", "WordPiece"), "model WordPiece is not supported"),
-    (put("model", "byte_fallback", True), "model.byte_fallback is not supported"),
-    (put("model", "dropout", 0.1), "model.dropout is not supported"),
-    (put("model", "continuing_subword_prefix", "##"), "model.continuing_subword_prefix is not supported"),
-    (put("model", "end_of_word_suffix", "</w>"), "model.end_of_word_suffix is not supported"),
-    (put("normalizer", {"type": "Lowercase"}), "normalizer Lowercase is not supported"),
+    (put("model", "byte_fallback", True), "byte_fallback with .*ByteLevel.* is not supported"),
+    (put("model", "dropout", 0.1), "model dropout is not supported"),
+    (put("model", "continuing_subword_prefix", "##"), "model continuing_subword_prefix is not supported"),
+    (put("model", "end_of_word_suffix", "</w>"), "model end_of_word_suffix is not supported"),
+    (put("normalizer", {"type": "Lowercase"}), "normalizer .*Lowercase.* is not supported"),
+    (put("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}), "NFC.*Strip"),
+    (put("post_processor", {"type": "RobertaProcessing"}), "post_processor RobertaProcessing is not supported"),
     (put("pre_tokenizer", {"type": "Metaspace"}), "pre_tokenizer .*Metaspace.* is not supported"),
-    (put("pre_tokenizer", None), "pre_tokenizer null is not supported"),
+    (put("pre_tokenizer", None), r"pre_tokenizer \[\] is not supported"),
     (put("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}), "add_prefix_space.* is not supported"),
     (put("pre_tokenizer", "pretokenizers", 0, {"type": "Digits"}), "Digits.* is not supported"),
     (put("pre_tokenizer", "pretokenizers", 0, "behavior", "MergedWithNext"), "MergedWithNext.* is not supported"),
     (put("pre_tokenizer", "pretokenizers", 0, "pattern", {"Regex": "[a-z]+"}), "leaves parts of the text out"),
     (put("pre_tokenizer", "pretokenizers", 0, "pattern", {"Regex": "("}), "is no regular expression"),
-    (put("added_tokens", 0, "lstrip", True), "lstrip of added token '<|endoftext|>' is not supported"),
     (put("added_tokens", 0, "id", 5), "two tokens of the vocabulary have the same id"),
     (put("added_tokens", 0, {}), "not a readable tokenizer"),
     (put("model", "merges", 0, "a"), r"merge 0 \('a'\)"),
@@ -516,6 +520,259 @@ def test_special_token_that_cannot_be_added_is_one_clear_line(shared_data):
     with pytest.raises(ValueError, match=r"takes no further special tokens: <\|im_end\|>"):
         sentencepiece_model.add_special_tokens(["</s>", "<|im_end|>"])
     assert sentencepiece_model.add_special_tokens(["</s>"]) == 0
+
+
+# BPE with byte fallback, BOS, flags of added tokens: as Hugging Face has them
+
+WORDS = ["▁", *"thenéa", "▁t", "he", "▁the", "▁then", "aa", "▁▁"]
+BYTES = [f"<0x{b:02X}>" for b in range(256)]
+MERGES = [["▁", "t"], ["h", "e"], ["▁t", "he"], ["▁the", "n"], ["a", "a"], ["▁", "▁"]]
+WRITE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+READ = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+LEGACY = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, WRITE]}
+
+
+def bos_before(name: str, i: int) -> dict:
+    return {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name, "type_id": 0}},
+                                                     {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}}}
+
+
+def token(i: int, content: str, special=True, **flags) -> dict:
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": i, "content": content, "special": special, **usual, **flags}
+
+
+def piece_json(normalizer=LEGACY, pre_tokenizer=None, added=(), strip=True, post_processor=None, **model) -> dict:
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *BYTES, *WORDS])}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [token(0, "<unk>"), token(1, "<s>"), token(2, "</s>"), *added],
+            "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": post_processor,
+            "decoder": {"type": "Sequence", "decoders": READ + [STRIP] * strip},
+            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+                      "vocab": vocab, "merges": MERGES} | model}
+
+
+def metaspace(**how) -> dict:
+    return {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", **how}}
+
+
+def load_data(data: dict, folder: Path, **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def test_byte_fallback_by_hand(tmp_path):
+    """'then zé': ▁t h e n -> ▁t he n -> ▁the n -> ▁then (rank 0, 1, 2, 3); ▁ and z stay, z as a byte; é is a piece."""
+    tokenizer = load_data(piece_json(), tmp_path)
+    piece = lambda text: 259 + WORDS.index(text)  # noqa: E731
+    assert tokenizer.encode("then zé") == [piece("▁then"), piece("▁"), 3 + ord("z"), piece("é")]
+    assert tokenizer.encode("") == [] and tokenizer.encode("中") == [piece("▁"), *(3 + b for b in "中".encode())]
+    assert tokenizer.decode([piece("▁then"), piece("▁"), 3 + ord("z")]) == "then z"
+    assert tokenizer.decode_bytes([3 + 0xE4, 3 + 0xB8]) == b"\xe4\xb8" and tokenizer.decode([3 + 0xE4]) == "\ufffd"
+    a = [piece("▁"), piece("a")]
+    assert tokenizer.encode("a<s>a") != tokenizer.encode("a<s>a", "all") == [*a, 1, *a]
+
+
+@pytest.mark.parametrize("steps, two_blanks, after_special", [
+    (dict(normalizer=LEGACY), ["▁▁", "▁t"], ["▁t"]),  # ▁▁▁t: the two leftmost blanks join, rank 5, after ▁t, rank 0
+    (dict(normalizer=WRITE), ["▁", "▁t"], ["t"]),
+    (metaspace(prepend_scheme="first", split=False), ["▁", "▁t"], ["t"]),
+    (metaspace(prepend_scheme="always", split=False), ["▁", "▁t"], ["▁t"]),
+    (metaspace(add_prefix_space=True), ["▁", "▁t"], ["▁t"])])
+def test_where_a_blank_is_put_before_the_text(steps, two_blanks, after_special, tmp_path):
+    tokenizer = load_data(piece_json(**steps), tmp_path)
+    assert [WORDS[i - 259] for i in tokenizer.encode("  t")] == two_blanks
+    assert [WORDS[i - 259] for i in tokenizer.encode("<s>t", "all")[1:]] == after_special
+
+
+def test_pairs_have_ranks_and_long_words_take_no_square_of_time():
+    """Merging by a heap equals looking for the best pair before every step, runs and overlaps included."""
+    def slow(parts, ranks):
+        while pairs := [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]:
+            i = min(pairs)[1]
+            parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2:]]
+        return list(parts)
+
+    rng = random.Random(0)
+    for _ in range(300):
+        pieces = list("ab▁")
+        pieces += {a + b for a, b in (rng.choices(pieces, k=2) for _ in range(4))}
+        pieces += {a + b for a, b in (rng.choices(pieces, k=2) for _ in range(6))}
+        pairs = [(a, b) for a in pieces for b in pieces if a + b in pieces]
+        ranks = {pair: rank for rank, pair in enumerate(rng.sample(pairs, len(pairs)))}
+        for _ in range(20):
+            text = "".join(rng.choices("aab▁", k=rng.randint(0, 20)))
+            assert merge_pairs(text, ranks) == slow(list(text), ranks)
+    assert merge_pairs("ab" * 100_000, {("a", "b"): 0}) == ["ab"] * 100_000
+
+
+def test_tokenizer_json_is_preferred_to_tokenizer_model_because_added_tokens_stand_there_only(shared_data, tmp_path):
+    shutil.copy(shared_data / "tokenizers/mistral/tokenizer.model.v1", tmp_path / "tokenizer.model")
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    tokenizer = load_data(piece_json(added=[token(len(WORDS) + 259, "<|im_end|>")]), tmp_path)
+    assert isinstance(tokenizer, PieceTokenizer) and tokenizer.special_tokens["<|im_end|>"] == len(WORDS) + 259
+
+
+def test_every_byte_must_have_a_piece_to_fall_back_on(tmp_path):
+    data = piece_json()
+    data["model"]["vocab"]["<0x41> "] = data["model"]["vocab"].pop("<0x41>")
+    with pytest.raises(ValueError, match="tokenizer.json: byte_fallback without <0x41> is not supported"):
+        load_data(data, tmp_path)
+    for steps in (dict(normalizer=None), dict(normalizer={"type": "NFKC"}), dict(pre_tokenizer={"type": "Metaspace"})):
+        with pytest.raises(ValueError, match="byte_fallback with .* is not supported"):
+            load_data(piece_json(**steps), tmp_path)
+
+
+def test_bos_of_the_post_processor_is_told_and_never_added(bpe, tmp_path):
+    bos = bos_before("<|im_start|>", 1999)
+    sequence = {"type": "Sequence", "processors": [{"type": "ByteLevel", "add_prefix_space": True}, bos]}
+    for post_processor in (bos, sequence):  # Llama 2's, Llama 3's
+        tokenizer = edited(bpe, tmp_path, put("post_processor", post_processor))
+        assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ([1999], [])
+        assert tokenizer.encode("hi") == bpe.encode("hi")
+        tokenizer.save(tmp_path / "again")
+        assert json.loads((tmp_path / "again/tokenizer.json").read_text())["post_processor"] == post_processor
+        assert load_tokenizer(tmp_path / "again").prefix_ids == [1999]
+    assert bpe.prefix_ids == bpe.suffix_ids == []
+
+
+def test_add_bos_token_counts_where_there_is_no_post_processor_and_is_kept(shared_data, tmp_path):
+    """As in transformers: beside a tokenizer.json its post-processor decides, a tokenizer.model has none."""
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+    data = piece_json(post_processor=bos_before("<s>", 1))
+    tokenizer = load_data(data, tmp_path / "j", add_bos_token=False, **config)
+    assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ([1], [])
+    shutil.copy(shared_data / "tokenizers/mistral/tokenizer.model.v1", tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path).prefix_ids == []
+    for adds, around in (({}, ([], [])), ({"add_bos_token": True, "add_eos_token": True}, ([1], [2])),
+                         ({"add_bos_token": False}, ([], [])), ({"add_eos_token": True}, ([], [2]))):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | adds))
+        tokenizer = load_tokenizer(tmp_path)
+        tokenizer.save(tmp_path / "again")
+        for one in (tokenizer, load_tokenizer(tmp_path / "again")):
+            assert (one.prefix_ids, one.suffix_ids) == around
+            assert one.chat_template == "{{ messages }}" and (one.bos_token_id, one.eos_token_id) == (1, 2)
+    with pytest.raises(ValueError, match="eos_token '<.im_end.>' is not in the vocabulary"):
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+        load_tokenizer(tmp_path)
+
+
+def test_flags_of_added_tokens(bpe, tmp_path):
+    def add(data):
+        data["added_tokens"] += [token(2000, "<l>", False, lstrip=True), token(2001, "<r>", rstrip=True),
+                                 token(2002, "zqzq", False, single_word=True),
+                                 token(2003, "<n\u00e9>", False, normalized=True)]
+        data["normalizer"] = {"type": "NFC"}
+    tokenizer = edited(bpe, tmp_path, add)
+    hi = bpe.encode("hi")
+    assert tokenizer.encode("hi \n <l> hi") == [*hi, 2000, *bpe.encode(" hi")]
+    assert tokenizer.encode("hi <r> \n hi", "all") == [*bpe.encode("hi "), 2001, *hi]
+    assert tokenizer.encode("hi<r> hi") == bpe.encode("hi<r> hi")  # special: only where it is allowed
+    assert tokenizer.encode("hi (zqzq)") == [*bpe.encode("hi ("), 2002, *bpe.encode(")")]
+    assert 2002 not in tokenizer.encode("zqzqs szqzq zqzq_")
+    assert tokenizer.encode("<ne\u0301>hi") == [2003, *hi]  # found in the text as it is normalized
+    tokenizer.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert again.flags == tokenizer.flags and again.flags["<r>"] == {"rstrip"}
+
+
+def test_smollms_digits_stand_apart_before_gpt2s_pattern_is_applied(bpe, tmp_path):
+    steps = [{"type": "Digits", "individual_digits": True},
+             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
+    tokenizer = edited(bpe, tmp_path, put("pre_tokenizer", {"type": "Sequence", "pretokenizers": steps}))
+    assert tokenizer.split("a  12  b 3's\n 4") == ["a", "  ", "1", "2", " ", " b", " ", "3", "'s", "\n ", "4"]
+    gpt2 = BPETokenizer({bytes([b]): b for b in range(256)}, {}, pattern=GPT2_PATTERN)
+    for text in SAMPLES + fuzzed(2_000):
+        stretches = [part for part in regex.split(r"(\p{N})", text) if part]
+        assert tokenizer.split(text) == [piece for part in stretches for piece in gpt2.split(part)]
+
+
+def test_template_in_a_list_or_a_file_of_its_own(bpe, tmp_path):
+    tokenizer = edited(bpe, tmp_path, lambda data: None)
+    assert tokenizer.chat_template is None
+    several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert load_tokenizer(tmp_path).chat_template == "D"
+    (tmp_path / "chat_template.jinja").write_text("J")
+    assert load_tokenizer(tmp_path).chat_template == "J"
+
+
+# Against the packages themselves, on text of many scripts
+
+def multilingual(count: int, names: Iterable[str] = ()) -> list[str]:
+    """Seeded strings: scripts, emoji with joiners, combining marks, control characters, white space, special text."""
+    rng = random.Random(2)
+
+    def script(begin: int, end: int) -> list[str]:
+        return [c for c in map(chr, range(begin, end)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
+
+    pools = [script(0x20, 0x7f), script(0xa0, 0x250), script(0x370, 0x530), script(0x590, 0x700), script(0x900, 0xe00),
+             script(0x3040, 0x3100), script(0x4e00, 0x9000), script(0xac00, 0xd000), script(0x1f300, 0x1f650),
+             ["👩‍👩‍👧", "👍🏽", "🇫🇷", "❤️", "1️⃣", "\u200d", "क्ष"], ["e\u0301", "n\u0303", "\u0338", "a\u0323\u0307"],
+             "\x00\x01\x07\x1b\x7f\x85\xad\ufeff", [" ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u3000"],
+             ["the ", " of", "'ll", "'S", "\n    ", "▁", "<0x41>", "aaaa", "12345", "²½"], [*names] or [" "]]
+    return ["".join("".join(rng.choices(rng.choice(pools), k=rng.randint(1, 8))) for _ in range(rng.randint(1, 5)))
+            for _ in range(count)]
+
+
+PUBLISHED = ["gpt2/tokenizer.json", "minimind/tokenizer.json", "olmo/allenai_dolma2.json"]
+
+
+@pytest.mark.parametrize("kind", [*PUBLISHED, "v1", "v1 first", "v1 always", "v3", "v3 never"])
+def test_ids_and_text_equal_the_tokenizers_package(kind, shared_data, tmp_path):
+    """The published files, and Mistral's models in the forms in which Hugging Face writes Llama 2's kind."""
+    tokenizers = pytest.importorskip("tokenizers", reason="compares with Hugging Face's tokenizers package")
+    path = shared_data / "tokenizers" / kind
+    if kind not in PUBLISHED:
+        version, *scheme = kind.split()
+        name = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}[version]
+        data = json_of_pieces(pieces_of_model((shared_data / "tokenizers/mistral" / name).read_bytes()))
+        data |= metaspace(prepend_scheme=scheme[0], split=False) if scheme else {}
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(data), encoding="utf-8")
+    ours, theirs = load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
+    ours.save(tmp_path / "again")
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "again/tokenizer.json"))
+    names = [*ours.special_tokens, *ours.added_tokens][:8]
+    for text in multilingual(500, names):
+        ids = ours.encode(text)
+        for one in (theirs, again):
+            one.encode_special_tokens = True  # the text of special tokens stays text
+            assert one.encode(text, add_special_tokens=False).ids == ids, text
+            assert one.decode(ids, skip_special_tokens=False) == ours.decode(ids), text
+            one.encode_special_tokens = False
+            assert one.encode(text).ids == ours.prefix_ids + ours.encode(text, "all") + ours.suffix_ids, text
+
+
+@pytest.mark.parametrize("version, name", [("v1", "tokenizer.model.v1"),
+                                           ("v3", "mistral_instruct_tokenizer_240323.model.v3")])
+def test_pieces_of_a_tokenizer_json_equal_the_sentencepiece_package(version, name, shared_data, tmp_path):
+    path = shared_data / "tokenizers/mistral" / name
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = load_data(json_of_pieces(pieces_of_model(path.read_bytes())), tmp_path)
+    for text in multilingual(500):
+        if "\x00" not in text:  # where that package ends a text
+            assert ours.encode(text) == theirs.encode(text), text
+            assert ours.decode(ours.encode(text)) == text.replace("▁", " ")
+
+
+def test_transformers_opens_what_is_saved_with_equal_ids(bpe, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="opens a saved folder in transformers")
+    loaded = load_data(piece_json(post_processor=bos_before("<s>", 1)), tmp_path, bos_token="<s>", eos_token="</s>")
+    loaded.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    for number, tokenizer in enumerate((loaded, bpe)):
+        tokenizer.save(tmp_path / str(number))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(number))
+        for text in multilingual(100, list(tokenizer.special_tokens)):
+            assert theirs(text)["input_ids"] == tokenizer.prefix_ids + tokenizer.encode(text, "all"), text
+        assert len(theirs) == tokenizer.vocab_size
 
 
 def test_chat_template_is_kept_in_tokenizer_config(bpe, tmp_path):
