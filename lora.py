@@ -49,6 +49,7 @@ class LoRAConfig:
     modules_to_save: list[str] = field(default_factory=list)  # modules to train whole, such as "embed_tokens", "lm_head"
     rank_pattern: dict[str, int] = field(default_factory=dict)  # another r for layers whose name ends so (a regex)
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # another alpha, likewise
+    base_model: str | None = None  # folder or hub name of the model without adapters, for the reader of the files
 
     def __post_init__(self):
         for name, r in {"r": self.r, **self.rank_pattern}.items():
@@ -419,30 +420,36 @@ HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_pat
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it is
 
 
-def save_adapter(model: nn.Module, folder, name: str | None = None, base_model: str | None = None) -> None:
+def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The weights of adapter `name` (None: of the one that acts) under their names in a PEFT file; not copies."""
+    tensors = {}
+    for path, module in adapted(model).items():
+        if (n := name or module.active) not in module.config:
+            continue
+        if isinstance(module, TrainedWhole):
+            parts = module.modules_to_save[n].state_dict()
+        else:
+            parts = {"lora_A.weight": module.lora_A[n], "lora_B.weight": module.lora_B[n]}
+            parts |= {"lora_magnitude_vector": module.lora_magnitude_vector[n]} if module.config[n].use_dora else {}
+        tensors |= {f"{PREFIX}{path}.{part}": tensor.detach() for part, tensor in parts.items()}
+    if not tensors:
+        raise ValueError(f"there is no adapter {name!r}" if name else "there is no adapter that acts: name one")
+    return tensors
+
+
+def save_adapter(model: nn.Module, folder, name: str | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained reads them.
 
-    name: which adapter; None: the one that acts. base_model: the folder or hub name to note as base_model_name_or_path.
+    name: which adapter; None: the one that acts. base_model_name_or_path is its configuration's base_model.
     """
-    modules = adapted(model)
-    name = name or next((m.active for m in modules.values()), None)
-    mine = {path: m for path, m in modules.items() if name in m.config}
-    if not mine:
-        raise ValueError(f"there is no adapter {name!r} to save" if name else "there is no adapter that acts: name one")
-    layers = {path: m for path, m in mine.items() if isinstance(m, LoRALinear)}
-    whole, tensors = {path: m for path, m in mine.items() if isinstance(m, TrainedWhole)}, {}
-    for path, m in layers.items():
-        tensors |= {f"{PREFIX}{path}.lora_A.weight": m.lora_A[name], f"{PREFIX}{path}.lora_B.weight": m.lora_B[name]}
-        if name in m.lora_magnitude_vector:
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = m.lora_magnitude_vector[name]
-    for path, m in whole.items():
-        tensors |= {f"{PREFIX}{path}.{key}": t for key, t in m.modules_to_save[name].state_dict().items()}
-    config = next(iter(mine.values())).config[name]
+    tensors, modules = adapter_tensors(model, name), adapted(model)
+    mine = {path: m for path, m in modules.items() if any(key.startswith(f"{PREFIX}{path}.") for key in tensors)}
+    layers, whole = ([path for path, m in mine.items() if isinstance(m, kind)] for kind in (LoRALinear, TrainedWhole))
+    config = next(m.config[name or m.active] for m in mine.values())
     ends = sorted({path.rpartition(".")[2] for path in layers})
-    linear = [path for path, module in _bare(model).items() if is_linear(module)]
-    exact = all(path in layers for path in linear if path.rpartition(".")[2] in ends)
+    exact = all(path in layers for path, module in _bare(model).items() if is_linear(module) and path.rpartition(".")[2] in ends)
     write_peft(folder, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.base_model, "inference_mode": True,
         "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none",
         "target_modules": ends if exact else sorted(layers), "modules_to_save": sorted(whole) or None,
         "use_rslora": config.use_rslora, "use_dora": config.use_dora, "rank_pattern": config.rank_pattern,
@@ -468,7 +475,8 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> nn.Module:
     try:
         config = LoRAConfig(theirs["r"], theirs["lora_alpha"], theirs.get("lora_dropout") or 0.0, [],
                             bool(theirs.get("use_rslora")), bool(theirs.get("use_dora")), [],
-                            theirs.get("rank_pattern") or {}, theirs.get("alpha_pattern") or {})
+                            theirs.get("rank_pattern") or {}, theirs.get("alpha_pattern") or {},
+                            theirs.get("base_model_name_or_path"))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not a LoRA configuration: {error!r}") from None
     where, modules, layers, whole = Path(folder) / "adapter_model.safetensors", _bare(model), {}, {}

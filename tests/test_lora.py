@@ -505,15 +505,16 @@ def test_a_fused_loss_that_asks_an_adapted_head_for_its_weight_is_right():
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load_are_bitwise(kind, tmp_path):
     config = LoRAConfig(r=4, alpha=7, dropout=0.1, modules_to_save=["lm_head"], rank_pattern={"v_proj": 2},
-                        alpha_pattern={"layers.1.mlp.up_proj": 3.0}, **KINDS[kind])
+                        alpha_pattern={"layers.1.mlp.up_proj": 3.0}, base_model="some/base", **KINDS[kind])
     model = shaken(apply_lora(tiny(torch.float32), config))
-    save_adapter(model, tmp_path / "a", base_model="some/base")
+    save_adapter(model, tmp_path / "a")
     other = load_adapter(tiny(torch.float32), tmp_path / "a")
     assert same(weights(model), weights(other))
     model.eval(), other.eval()
     assert torch.equal(model(tokens()), other(tokens()))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, p in other.named_parameters() if p.requires_grad}
-    save_adapter(other, tmp_path / "b", base_model="some/base")
+    save_adapter(other, tmp_path / "b")
+    assert read_peft(tmp_path / "b")[0]["base_model_name_or_path"] == "some/base"
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -543,6 +544,16 @@ def test_several_folders_on_one_model(tmp_path):
             assert torch.equal(model(tokens()), alone(tokens()))
     save_adapter(model, tmp_path / "again", name="a")
     assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (tmp_path / "a/adapter_model.safetensors").read_bytes()
+
+
+def test_there_must_be_an_adapter_to_save(tmp_path):
+    model = tiny()
+    with pytest.raises(ValueError, match="there is no adapter that acts: name one"):
+        save_adapter(model, tmp_path / "a")
+    apply_lora(model, LoRAConfig())
+    with pytest.raises(ValueError, match="there is no adapter 'b'"):
+        save_adapter(model, tmp_path / "a", name="b")
+    assert not (tmp_path / "a").exists()
 
 
 def saved(folder, **changes):
