@@ -413,10 +413,10 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
-        "peft_type", "init_lora_weights"}
+        "peft_type", "base_model_name_or_path"}
 IMPLIED = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}  # by the names of the tensors
-HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-            "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+HARMLESS = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core", "qalora_group_size",
+            "ensure_weight_tying"}
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it is
 
 
@@ -479,44 +479,27 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> nn.Module:
                             theirs.get("base_model_name_or_path"))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not a LoRA configuration: {error!r}") from None
-    where, modules, layers, whole = Path(folder) / "adapter_model.safetensors", _bare(model), {}, {}
-    parts = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m", "lora_magnitude_vector.weight": "m"}
-    for key, tensor in tensors.items():
-        path, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
-        if path and key.startswith(PREFIX):
-            layers.setdefault(path, {})[parts.get(f"lora_{part}", part)] = tensor
-        else:
-            path, _, part = key.removeprefix(PREFIX).rpartition(".")
-            whole.setdefault(path, {})[part] = tensor
-    for path, given in layers.items():
-        layer = modules.get(path)
-        if layer is None or not is_linear(layer):
-            kinds = sorted({path.rpartition(".")[2] for path, module in modules.items() if is_linear(module)})
-            raise ValueError(f"{where}: an adapter of another model: it has {path}, the model's linear layers are "
-                             f"{', '.join(kinds)}")
+    where, modules, needed = Path(folder) / "adapter_model.safetensors", _bare(model), {}  # needed: name -> shape
+    layers = sorted({key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key})
+    whole = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors if ".lora_" not in key})
+    for path in layers:
+        if not is_linear(layer := modules.get(path)):
+            raise ValueError(f"{where}: an adapter of another model: it has {path}, where this model has no linear layer")
         r, _ = config.of(path)
-        shapes = {"A": (r, layer.in_features), "B": (layer.out_features, r)}
-        shapes |= {"m": (layer.out_features,)} if config.use_dora else {}
-        if given.keys() != shapes.keys():
-            raise ValueError(f"{where}: {path} has {', '.join(sorted(given))}, but its configuration needs "
-                             f"{', '.join(shapes)}")
-        for part, shape in shapes.items():
-            if tuple(given[part].shape) != shape:
-                raise ValueError(f"{where}: {path} has {part} of shape {tuple(given[part].shape)}; this model and rank {r} "
-                                 f"need {shape}")
-    for path, given in whole.items():
+        shapes = {"lora_A.weight": (r, layer.in_features), "lora_B.weight": (layer.out_features, r)}
+        shapes |= {"lora_magnitude_vector": (layer.out_features,)} if config.use_dora else {}
+        needed |= {f"{PREFIX}{path}.{part}": shape for part, shape in shapes.items()}
+    for path in whole:
         state = modules[path].state_dict() if path in modules else {}
-        if not state or state.keys() != given.keys() or any(state[k].shape != given[k].shape for k in state):
-            held = {key: tuple(t.shape) for key, t in state.items()} or "no such module"
-            raise ValueError(f"{where}: {path} has {({k: tuple(t.shape) for k, t in given.items()})}, the model {held}")
-    config = replace(config, modules_to_save=sorted(whole))
-    for path, layer in _install(model, name, config, list(layers), list(whole)).items():
-        layer.lora_A[name].copy_(layers[path]["A"])
-        layer.lora_B[name].copy_(layers[path]["B"])
-        if config.use_dora:
-            layer.lora_magnitude_vector[name].copy_(layers[path]["m"])
-    for path, given in whole.items():
-        model.get_submodule(path).modules_to_save[name].load_state_dict(given)
+        needed |= {f"{PREFIX}{path}.{part}": tuple(tensor.shape) for part, tensor in state.items()}
+    for key in sorted({*needed, *tensors}):
+        shape = tuple(tensors[key].shape) if key in tensors else "missing"
+        if shape != needed.get(key):
+            raise ValueError(f"{where}: an adapter of another model or rank: {key} is {shape}, and should be "
+                             f"{needed.get(key, 'absent')} for this model and configuration")
+    _install(model, name, replace(config, modules_to_save=whole), layers, whole)
+    for key, tensor in adapter_tensors(model, name).items():
+        tensor.copy_(tensors[key])
     return model
 
 
