@@ -93,7 +93,7 @@ class Args:
     num_samples: int = 1  # answers to each question that is answered in text: for pass@k and the majority vote
     temperature: float = 0.0  # of these answers; several need more than 0
     seed: int = 0  # of these answers, and of the needles
-    add_bos_token: bool = False  # before contexts and prompts of benchmarks; the harness adds none either
+    add_bos_token: bool | None = None  # before the prompts of benchmarks; None: if the tokenizer's own files say so
     contamination: str | None = None  # a prepared folder: which questions stand in its documents?
     needle_depths: list[float] = field(default_factory=lambda: [0.0, 25.0, 50.0, 75.0, 100.0])  # per cent of the text
     needles: int = 1  # in each haystack
@@ -263,7 +263,7 @@ def evaluate_chat(args: Args, model: CausalLM, tokenizer) -> dict:
 
 def scored(args: Args, model: CausalLM, pairs: list[Pair]) -> Iterator[tuple[int, tuple[float, bool]]]:
     """data.likelihood.likelihoods of pairs that are made to fit the model's context, under args."""
-    weight, size = next(model.parameters()), args.seq_len or model.config.max_position_embeddings
+    weight, size = next(model.parameters()), context_of(args, model)
     fitted = [fit(*pair, size) for pair in pairs]
     if cut := sum(len(a[0]) < len(b[0]) for a, b in zip(fitted, pairs)):
         tell(f"note: {cut} of {len(pairs)} contexts are too long for {size} tokens: cut at their beginning")
@@ -273,7 +273,7 @@ def scored(args: Args, model: CausalLM, pairs: list[Pair]) -> Iterator[tuple[int
 
 def likelihood_records(args: Args, model: CausalLM, tokenizer, kind: str, todo: dict[int, Item]) -> Iterator:
     """(place, record) of each question that is scored by likelihood, as they come."""
-    begin, size = prefix_token(tokenizer), args.seq_len or model.config.max_position_embeddings
+    size, begin, prefix = context_of(args, model), first_token(tokenizer), prefix_ids(args, tokenizer)
     pairs, owners = [], []
     for place, item in todo.items():
         try:
@@ -281,8 +281,7 @@ def likelihood_records(args: Args, model: CausalLM, tokenizer, kind: str, todo: 
             if kind == "text":
                 asked = rolling_windows(tokenizer.encode(item.choices[0]), begin, size)
             for context in item.contexts if kind != "text" else ():  # one for all choices; partial: one for each
-                asked += [encode_pair(tokenizer, context, f" {option}", begin, args.add_bos_token)
-                          for option in item.choices]
+                asked += [encode_pair(tokenizer, context, f" {option}", begin, prefix) for option in item.choices]
             fit([], max((rest for _, rest in asked), key=len), size)
         except ValueError as error:
             raise ValueError(f"{item.where}: {error}") from None
@@ -300,10 +299,9 @@ def likelihood_records(args: Args, model: CausalLM, tokenizer, kind: str, todo: 
 
 def text_records(args: Args, model: CausalLM, tokenizer, name: str, todo: dict[int, Item]) -> Iterator:
     """(place, record) of each question that is answered in text, as they come."""
-    benchmark, size = BENCHMARKS[name], args.seq_len or model.config.max_position_embeddings
+    benchmark, size = BENCHMARKS[name], context_of(args, model)
     new = min(args.max_new_tokens or benchmark.max_new_tokens, size // 2)
-    prefix = [prefix_token(tokenizer)] * args.add_bos_token
-    prompts = {place: [*prefix, *tokenizer.encode(item.contexts[0])] for place, item in todo.items()}
+    prompts = {place: [*prefix_ids(args, tokenizer), *tokenizer.encode(item.contexts[0])] for place, item in todo.items()}
     if cut := sum(len(ids) > size - new for ids in prompts.values()):
         tell(f"note: {cut} of {len(prompts)} prompts leave no room for {new} tokens of {size}: cut at their beginning")
     order, step = sorted(todo, key=lambda place: len(prompts[place])), max(1, args.batch_size // args.num_samples)
@@ -344,9 +342,17 @@ def complete(model: CausalLM, tokenizer, prompts: list[list[int]], *, stop: Iter
     return [text + stream.push(b"", final=True) for text, stream in zip(texts, streams)]
 
 
-def prefix_token(tokenizer) -> int:
+def first_token(tokenizer) -> int:
     """What stands before a text: BOS, else EOS, which is what our token shards have there."""
     return next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+def prefix_ids(args: Args, tokenizer) -> list[int]:
+    return tokenizer.prefix_ids if args.add_bos_token is None else [first_token(tokenizer)] * args.add_bos_token
+
+
+def context_of(args: Args, model: CausalLM) -> int:
+    return args.seq_len or model.config.max_position_embeddings
 
 
 def evaluate_benchmarks(args: Args, model: CausalLM, tokenizer, partial: Path | None) -> tuple[dict, dict]:
@@ -457,7 +463,7 @@ def evaluate_needles(args: Args, model: CausalLM, tokenizer) -> list[dict]:
                            seed=args.seed, ends=lambda token: tokenizer.decode([token]).rstrip(" ")[-1:] in ".\n")
     rows = []
     for cell in cells:
-        prompts = [[prefix_token(tokenizer)] * args.add_bos_token + ids for ids in cell.prompts]
+        prompts = [[*prefix_ids(args, tokenizer), *ids] for ids in cell.prompts]
         with autocast_of(args.dtype, model) or contextlib.nullcontext():
             texts = complete(model, tokenizer, prompts, max_new_tokens=new, temperature=0.0)
         rows.append({"length": cell.length, "depth": cell.depth, "found": share_found(cell.answers, texts),
@@ -494,8 +500,8 @@ def evaluate_judge(args: Args, ask: Callable[[list[str]], list[float]]) -> dict:
 
 def judge_by_likelihood(args: Args, model: CausalLM, tokenizer, prompts: list[str]) -> list[float]:
     """1.0 where " A" is likelier than " B", 0.0 where it is less likely, 0.5 where they are equally likely."""
-    begin = prefix_token(tokenizer)
-    found = dict(scored(args, model, [encode_pair(tokenizer, prompt, f" {letter}", begin, args.add_bos_token)
+    begin, prefix = first_token(tokenizer), prefix_ids(args, tokenizer)
+    found = dict(scored(args, model, [encode_pair(tokenizer, prompt, f" {letter}", begin, prefix)
                                       for prompt in prompts for letter in "AB"]))
     logprobs = [found[i][0] for i in range(len(found))]
     return [0.5 if a == b else float(a > b) for a, b in zip(logprobs[::2], logprobs[1::2])]
@@ -557,7 +563,7 @@ def main() -> None:
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer of {tokenizer.vocab_size} tokens, model of {model.config.vocab_size}")
     context = model.config.max_position_embeddings
-    if args.needle_lengths and max(args.needle_lengths) + args.add_bos_token >= context:
+    if args.needle_lengths and max(args.needle_lengths) + len(prefix_ids(args, tokenizer)) >= context:
         raise ValueError(f"--needle_lengths {max(args.needle_lengths)}: the model's context is {context} tokens, in "
                          "which the answer must fit, too")
     tell(f"{folder} · {device} · {args.dtype} · attention {args.attention}")

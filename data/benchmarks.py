@@ -1,4 +1,4 @@
-r"""Benchmark files in their own formats -> what a model is asked, as lm-evaluation-harness 0.4.9.1 asks it.
+r"""Benchmark files in their own formats -> what a model is asked, as lm-evaluation-harness 0.4.13 asks it.
 
     kind         asked of the model                                           right if
     choice       log p(" " + choice | context) of each choice                 the largest is the right one's
@@ -263,7 +263,7 @@ Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain."""  # Lin et al. 2022, appendix E
 
 MATH_SHOTS = [tuple(pair.split("\nSolution: ")) for pair in r"""
-Find the domain of the expression  $\frac{\sqrt{x-2}}{\sqrt{5-x}}$.}
+Find the domain of the expression  $\frac{\sqrt{x-2}}{\sqrt{5-x}}$.
 Solution: The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, and $5 - x \ge 0$, so $x \le 5$. Also, the denominator cannot be equal to zero, so $5-x>0$, which gives $x<5$. Therefore, the domain of the expression is $\boxed{[2,5)}$.
 Final Answer: The final answer is $[2,5)$. I hope it is correct.
 
@@ -274,7 +274,7 @@ Final Answer: The final answer is $24$. I hope it is correct.
 Terrell usually lifts two 20-pound weights 12 times. If he uses two 15-pound weights instead, how many times must Terrell lift them in order to lift the same total weight?
 Solution: If Terrell lifts two 20-pound weights 12 times, he lifts a total of $2\cdot 12\cdot20=480$ pounds of weight.  If he lifts two 15-pound weights instead for $n$ times, he will lift a total of $2\cdot15\cdot n=30n$ pounds of weight.  Equating this to 480 pounds, we can solve for $n$:
 \begin{align*}
-30n&=480\
+30n&=480\\
 \Rightarrow\qquad n&=480/30=\boxed{16}
 \end{align*}
 Final Answer: The final answer is $16$. I hope it is correct.
@@ -282,7 +282,7 @@ Final Answer: The final answer is $16$. I hope it is correct.
 If the system of equations
 
 \begin{align*}
-6x-4y&=a,\
+6x-4y&=a,\\
 6y-9x &=b.
 \end{align*}has a solution $(x, y)$ where $x$ and $y$ are both nonzero,
 find $\frac{a}{b},$ assuming $b$ is nonzero.

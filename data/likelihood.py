@@ -14,7 +14,7 @@ once for all of them, and logits are computed for the continuations' tokens alon
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,19 +23,19 @@ HEAD = 32  # contexts that begin with the same so many tokens are scored togethe
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
 
 
-def encode_pair(tokenizer, context: str, continuation: str, begin: int, add_begin: bool = False) -> Pair:
+def encode_pair(tokenizer, context: str, continuation: str, begin: int, prefix: Sequence[int] = ()) -> Pair:
     """Token ids of a context and of what follows, as lm-evaluation-harness cuts them.
 
     Blanks at the context's end move to the continuation, for most tokens begin with theirs. Both are encoded as one
-    text, and what lies behind the context's own tokens is the continuation. An empty context is the token `begin`,
-    which add_begin puts before others, too. ValueError: no token is left for the continuation."""
+    text, and what lies behind the context's own tokens is the continuation. `prefix` comes before the context; an empty
+    one is the token `begin`, for something must come before. ValueError: no token is left for the continuation."""
     blanks = len(context) - len(context.rstrip())
     context, continuation = context[: len(context) - blanks], context[len(context) - blanks :] + continuation
     first = tokenizer.encode(context)
     rest = tokenizer.encode(context + continuation)[len(first):]
     if not rest:
         raise ValueError(f"the continuation {continuation!r} has no tokens of its own")
-    return ([begin, *first] if add_begin or not first else first), rest
+    return ([*prefix, *first] if first else [begin]), rest
 
 
 def rolling_windows(ids: list[int], prefix: int, size: int) -> list[Pair]:
