@@ -144,8 +144,8 @@ class LoRALinear(nn.Module):
         y, name = self.base(x), self.active
         if name not in self.lora_A:  # no adapter, or one of other layers
             return y
-        A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
-        low = F.linear(F.dropout(x, self.config[name].dropout, self.training), A)  # (..., r)
+        A, B, p = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype), self.config[name].dropout
+        low = F.linear(F.dropout(x, p, self.training) if p else x, A)  # (..., r)
         update = F.linear(low, B) * self.scale[name]
         if name in self.lora_magnitude_vector:
             # g (Wx + update) + b as y + (g - 1) Wx + g update, which is y to the bit while g = 1 and update = 0.
@@ -153,6 +153,11 @@ class LoRALinear(nn.Module):
             gain = (self.lora_magnitude_vector[name] / self.row_norms(name)).to(y.dtype)
             return y + (gain - 1) * (y if self.bias is None else y - self.bias.to(y.dtype)) + gain * update
         return y + update
+
+    def _apply(self, fn, recurse=True):  # .to(device): what is kept goes along
+        for base in self.kept:
+            base._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"adapters={list(self.lora_A)}, active={self.active}, merged={self.merged}"
@@ -169,6 +174,9 @@ class TrainedWhole(nn.Module):
 
     base = property(lambda self: self.original_module)
     weight = property(lambda self: self.now.weight)
+
+    def add(self, name: str, config: LoRAConfig, module: nn.Module) -> None:
+        self.modules_to_save[name], self.config[name] = module, config
 
     @property
     def now(self) -> nn.Module:
@@ -265,22 +273,14 @@ def _install(model: nn.Module, name: str, config: LoRAConfig, paths: list[str], 
     for path in (*paths, *whole):
         if isinstance(there := model.get_submodule(path), LoRALinear if path in whole else TrainedWhole):
             raise ValueError(f"{path} is a {type(there).__name__} of another adapter, and cannot be both kinds")
-    copies = copy.deepcopy([modules[path] for path in whole])
-    for path, new in zip(whole, copies):
-        there = model.get_submodule(path)
-        module = there if isinstance(there, TrainedWhole) else TrainedWhole(there)
-        module.modules_to_save[name], module.config[name] = new, config
-        module.train(there.training)
-        _put(model, path, module)
-    layers = {}
-    for path in paths:
-        there = model.get_submodule(path)
-        layers[path] = there if isinstance(there, LoRALinear) else LoRALinear(there)
-        layers[path].add(name, config, *config.of(path))
-        layers[path].train(there.training)
-        _put(model, path, layers[path])
+    copies = dict(zip(whole, copy.deepcopy([modules[path] for path in whole])))
+    for path in (*whole, *paths):
+        there, kind = model.get_submodule(path), TrainedWhole if path in copies else LoRALinear
+        module = there if isinstance(there, kind) else kind(there)
+        module.add(name, config, *([copies[path]] if path in copies else config.of(path)))
+        _put(model, path, module.train(there.training))
     set_adapter(model, name)
-    return layers
+    return {path: model.get_submodule(path) for path in paths}
 
 
 @torch.no_grad()
@@ -368,19 +368,19 @@ def merge_lora(model: nn.Module, final: bool = False) -> nn.Module:
     4 bits again would lose most of what was learned. The model grows accordingly (quantize it anew if you must).
     ValueError: merged already; an update that is not finite; a layer that rounds its input besides (BitNet, QAT).
     """
-    modules = adapted(model)
-    merged = {path: nn.Linear(1, 1, bias=False, device="meta") for path, m in modules.items()
-              if isinstance(m, LoRALinear) and m.active in m.lora_A and m.active != m.merged}
-    for path in merged:
-        if modules[path].merged:
-            raise ValueError(f"{path}: adapter {modules[path].merged!r} is merged already: unmerge_lora first")
-        if isinstance(base := modules[path].base, nn.Linear) and type(base) is not nn.Linear:
-            raise ValueError(f"{path}: a {type(base).__name__} does more than multiply, so it can take no adapter in")
-        if not torch.isfinite(modules[path].update(modules[path].active)).all():
-            raise ValueError(f"{path}: adapter {modules[path].active!r} is not finite: not merged")
-    for path, linear in merged.items():
-        layer = modules[path]
-        linear.in_features, linear.out_features = layer.in_features, layer.out_features
+    layers = {path: m for path, m in adapted(model).items() if isinstance(m, LoRALinear)}
+    for path, layer in layers.items():
+        if layer.merged not in (None, layer.active):
+            raise ValueError(f"{path}: adapter {layer.merged!r} is merged already: unmerge_lora first")
+        if isinstance(layer.base, nn.Linear) and type(layer.base) is not nn.Linear:
+            raise ValueError(f"{path}: a {type(layer.base).__name__} does more than multiply, so it can take no adapter in")
+    for key, tensor in adapter_tensors(model).items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key.removeprefix(PREFIX)} is not finite: the adapter is not merged")
+    for path, layer in layers.items():
+        if layer.active not in layer.lora_A or layer.merged:
+            continue
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(layer.weight.detach(), requires_grad=False), layer.bias
         linear.train(layer.training)
         if final:
@@ -397,8 +397,7 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     """Take merged adapters out of the weights again, in place, bit for bit. Returns the model."""
     for layer in adapted(model).values():
         if isinstance(layer, LoRALinear) and layer.kept:
-            device = layer.base_layer.weight.device  # the model may have moved meanwhile
-            layer.base_layer, layer.kept, layer.merged = layer.kept[0].to(device), (), None
+            layer.base_layer, layer.kept, layer.merged = layer.kept[0], (), None
     return model
 
 

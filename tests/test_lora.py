@@ -359,14 +359,21 @@ def test_merging_gives_the_same_function_and_unmerging_the_same_bits(kind):
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(generator=torch.Generator().manual_seed(0))
-    base = model(ids)
     shaken(apply_lora(model, LoRAConfig(r=4, **KINDS[kind])))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.float())
+    with disable_adapters(model):
+        base = model(ids)
     apart, before = model(ids), weights(model)
     merge_lora(model)
     assert torch.allclose(model(ids), apart, rtol=0, atol=1e-11) and not torch.equal(model(ids), base)
     assert torch.equal(merge_lora(model)(ids), model(ids))  # merging what is merged adds nothing
     with disable_adapters(model):
         assert torch.equal(model(ids), base)
+    model.to(torch.float32).to(torch.float64)  # as a move to another device would: what is kept goes along
+    with disable_adapters(model):
+        assert model(ids).dtype == torch.float64
     unmerge_lora(model)
     assert torch.equal(model(ids), apart) and same(weights(model), before)
     bare = weights(tiny(attention_bias=True))
@@ -445,7 +452,7 @@ def test_merging_refuses_what_is_not_finite_or_merged_with_another():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.lora_B["a"][0] = math.nan
     before = weights(model)
-    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj: adapter 'a' is not finite"):
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.lora_B.weight is not finite: the adapter is not merged"):
         merge_lora(model)
     assert not any(m.kept for m in adapted(model).values())
     assert weights(model).keys() == before.keys()
