@@ -42,7 +42,8 @@ def chunks_of(rank: int, ranks: int, method: str) -> tuple[int, int]:
 def split(x: Tensor, rank: int, ranks: int, method: str) -> Tensor:
     """(B, S, ...) -> this rank's tokens (B, S / c, ...). ValueError: S is no multiple of 2 c."""
     if x.shape[1] % (2 * ranks):
-        raise ValueError(f"sequence length {x.shape[1]} on {ranks} context-parallel ranks: it must be a multiple of {2 * ranks}")
+        raise ValueError(f"sequence length {x.shape[1]} on {ranks} context-parallel ranks: it must be a multiple of "
+                         f"{2 * ranks}")
     pieces = x.chunk(2 * ranks, dim=1)
     return torch.cat([pieces[i] for i in chunks_of(rank, ranks, method)], dim=1)
 
@@ -63,19 +64,19 @@ def document_starts(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
 
 
 def split_batch(input_ids: Tensor, labels: Tensor, group, method: str, cu_seqlens: Tensor | None = None):
-    """The whole batch (B, S), the same on all ranks of the group -> (arguments of the model's forward, labels (B, S / c)).
+    """The whole batch (B, S), the same on all ranks of the group -> (arguments of model's forward, labels (B, S / c)).
 
-    labels[i] is the token after input_ids[i], shifted before this split: at the end of a piece it lies in another rank's.
+    labels[i] is the token after input_ids[i], shifted before this split: at a piece's end it lies in another rank's.
     Positions are global, and restart in each document, as RoPE has them in one process. cu_seqlens stays whole.
     """
     B, S = input_ids.shape
     positions = torch.arange(S, device=input_ids.device).expand(B, S)
     if cu_seqlens is not None:
         positions = positions - document_starts(cu_seqlens, B, S)
-    if group is None:
-        return dict(input_ids=input_ids, position_ids=positions, cu_seqlens=cu_seqlens), labels
-    place = dist.get_rank(group), dist.get_world_size(group), method
-    return dict(input_ids=split(input_ids, *place), position_ids=split(positions, *place), cu_seqlens=cu_seqlens), split(labels, *place)
+    if group is not None:
+        input_ids, positions, labels = (
+            split(x, dist.get_rank(group), dist.get_world_size(group), method) for x in (input_ids, positions, labels))
+    return dict(input_ids=input_ids, position_ids=positions, cu_seqlens=cu_seqlens), labels
 
 
 # -------------------------------------------------------------------------------------------- attention by blocks
@@ -115,7 +116,7 @@ def scores_of(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """-> out (B, S, Hkv, G, D) normalised within the block, and its log-sum-exp (B, S, Hkv, G): -inf where nothing is seen."""
+    """-> out (B, S, Hkv, G, D), normalised within the block, and its log-sum-exp (B, S, Hkv, G), -inf of nothing."""
     scores = scores_of(q, k, mask)
     lse = scores.logsumexp(-1)  # of nothing: -inf
     weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp()  # never -inf - -inf
@@ -211,7 +212,7 @@ class RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None, None
 
 
-def ring_attention(q, k, v, group, method: str = "zigzag", window: int | None = None, starts: Tensor | None = None) -> Tensor:
+def ring_attention(q, k, v, group, method: str = "zigzag", window: int | None = None, starts: Tensor | None = None):
     """Causal attention over the whole sequence: q (B, S / c, H, D), k, v (B, S / c, Hkv, D) as `split` gives -> as q.
 
     method: zigzag or ring. window: a token sees itself and the window - 1 before it. starts (B, S), of the whole
@@ -247,7 +248,8 @@ class Exchange(torch.autograd.Function):
 
 
 def ulysses_attention(q, k, v, mask, dropout, attend, group) -> Tensor:
-    """attend (q, k, v, mask, dropout on (B, S, heads, D)) over the whole sequence for H / c of the heads. Contiguous pieces."""
+    """q (B, S / c, H, D), k, v (B, S / c, Hkv, D), contiguous pieces -> as q; attend(q, k, v, mask, dropout) sees whole
+    sequences of H / c heads."""
     c, H, Hkv = dist.get_world_size(group), q.shape[2], k.shape[2]
     repeats = math.lcm(Hkv, c) // Hkv
     if repeats > 1:
@@ -283,7 +285,7 @@ def context_parallel(model: nn.Module, group, method: str = "zigzag") -> nn.Modu
     if group is None:
         return model
     c, ranks = model.config, dist.get_world_size(group)
-    local_heads = model.model.layers[0].self_attn.q_proj.weight.shape[0] // c.head_dim  # tensor parallelism may share them
+    local_heads = model.model.layers[0].self_attn.q_proj.weight.shape[0] // c.head_dim  # tensor parallelism cuts them
     if method not in METHODS:
         raise ValueError(f"context-parallel method {method!r}; choose {', '.join(METHODS)}")
     if method == "ulysses" and local_heads % ranks:

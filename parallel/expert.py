@@ -5,11 +5,11 @@
     all-to-all of the rows                   uneven: as many as were chosen, none dropped, none padded
     put in order of expert, compute, put back, all-to-all of the answers
 
-A rank holds E / n experts, matrices (E / n, out, in), placement {"shard": {"ep": 0}}. The ranks of the group have tokens
-of their own (the group is a part of data parallelism), so an expert's gradient has come from all of them when backward
-is done: it is summed over the *other* data ranks only. The router, on every rank, sees its own tokens as ever; neither
-its gradient nor the balance loss knows how far the experts are spread. Per layer, forward: (n - 1) / n of the rows sent
-twice; backward the same, reversed. The counts must reach the host, so each layer waits for the GPU once.
+A rank holds E / n experts, matrices (E / n, out, in), placement {"shard": {"ep": 0}}. The group is a part of data
+parallelism: its ranks have tokens of their own. So when backward is done an expert's gradient has come from all of
+them, and is summed over the *other* data ranks only. The router, on every rank, sees its own tokens as ever; neither
+its gradient nor the balance loss knows how far the experts are spread. Per layer rows travel twice, forward, and their
+gradients twice, backward: those chosen elsewhere only. Counts must reach the host: each layer waits for the GPU once.
 
     model = expert_parallel(CausalLM(config), group)              # in place
     weights = full_state(model, group)                            # all experts again, to save
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 
 class AllToAll(torch.autograd.Function):
-    """rows (sum(send), ...) in order of the rank they go to -> (sum(receive), ...) in order of the rank they came from."""
+    """rows (sum(send), ...) in the order of the ranks they go to -> (sum(receive), ...), of those they came from."""
 
     @staticmethod
     def forward(ctx, rows, send, receive, group):
@@ -41,9 +41,9 @@ class AllToAll(torch.autograd.Function):
 
 
 def exchanged(experts: Callable[[Tensor, Tensor], Tensor], group, rows: Tensor, counts: Tensor) -> Tensor:
-    """What all experts answer to this rank's rows (M, hidden), sorted by expert, counts (E,) int64 of each -> (M, hidden).
+    """What all experts answer to this rank's rows (M, hidden), sorted by expert, counts (E,) int64 -> (M, hidden).
 
-    experts(rows, counts): the same for this rank's own E / n, experts rank * E / n and following, rows of all ranks.
+    experts(rows, counts): the same for this rank's own E / n, from rank * E / n on, and rows of all ranks.
     """
     n = dist.get_world_size(group)
     arriving = torch.empty_like(counts).view(n, -1)  # (ranks, E / n): from each rank, for each of our experts
@@ -68,8 +68,9 @@ def shard(parameter: nn.Parameter, rank: int, n: int) -> nn.Parameter:
 
 
 def expert_parallel(model: nn.Module, group) -> nn.Module:
-    """Share out the experts of a CausalLM's MoE layers, in place -> the model. ValueError: there are none, or E does not
-    divide. Dense layers stay whole."""
+    """Share out the experts of a CausalLM's MoE layers, in place -> the model. Dense layers stay whole.
+
+    ValueError: there are no experts, or n does not divide their number."""
     if group is None:
         return model
     rank, n = dist.get_rank(group), dist.get_world_size(group)

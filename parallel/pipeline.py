@@ -1,22 +1,19 @@
-"""Pipeline parallelism: layers on different ranks, microbatches flowing through, by schedules that are plain data.
+"""Pipeline parallelism: the layers lie on different ranks, in stages, and microbatches flow through.
 
-    stage s of p * v lies on rank s % p;   F = forward,  D = whole backward,  or B = gradient of the input, then W = of
-    the weights;   a schedule = for every rank a list of Action(kind, stage, microbatch), in the order it runs them
+    stage s of p v lies on rank s % p; between neighbours travels one activation or its gradient, (B, S, hidden)
 
-    schedule       slots (F = B = W = 1, D = 2)     idle per rank       live microbatches on rank r
-    gpipe          3 (m + p - 1)                    3 (p - 1)           m
-    1f1b           3 (m + p - 1)                    3 (p - 1)           min(m, p - r)
-    interleaved    3 (m v + p - 1) of a chunk       3 (p - 1)           2 (p - r - 1) + (v - 1) p + 1 chunks  (m > p)
-    zb (ZB-H1)     3 m + p - 1                      p - 1 (F + B - W)   min(m, p)
+`cut` makes the stages of a CausalLM: the model with the other stages' pieces taken out. `execute` runs a plan of
+schedules.py, exactly: per rank a list of (kind, stage, microbatch), kind being
 
-`simulate` checks such a list against the dependencies and counts; `execute` runs the very same list on real ranks and
-times it; `draw` prints it. `cut` makes the stages of a CausalLM: the model with the other stages' pieces taken out.
+    F   forward                                            D   the whole backward
+    B   backward to the input: the stage before can go on  W   later, backward to the weights     (zero bubble)
 
-    python parallel/pipeline.py               draws the four schedules for 4 ranks and 8 microbatches
+    plan = schedules.plan("1f1b", ranks, microbatches)
+    stages = cut(model, rank, ranks)                                                # {number: module}
+    loss, timeline = execute(plan, stages, microbatches, loss_of, group)            # leaves gradients in .grad
 
-Sources: GPipe (arXiv:1811.06965); 1F1B: PipeDream (arXiv:1806.03377); interleaved: Megatron-LM (arXiv:2104.04473),
-section 2.2; ZB-H1: Qi et al. (arXiv:2401.10241), section 2. Between two stages only one activation or gradient
-(B, S, hidden) per microbatch travels.
+Loss is the sum over counted tokens / the count of the whole batch, so microbatches add up whatever they count. The two
+copies of tied embeddings each have a part of the gradient: grads.py sums by their placement, before the optimizer.
 """
 
 import copy
@@ -28,207 +25,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-# ------------------------------------------------------------------------------------------------------------ schedules
-
-
-class Action(NamedTuple):
-    kind: str  # F, D = B + W in one, B or W
-    stage: int  # among all p * v
-    microbatch: int
-
-
-SLOTS = {"F": 1, "D": 2, "B": 1, "W": 1}
-
-
-def gpipe(p: int, m: int) -> list[list[Action]]:
-    """All forwards, then all backwards: simple, and every microbatch is alive at once."""
-    return [[Action("F", r, i) for i in range(m)] + [Action("D", r, i) for i in range(m)] for r in range(p)]
-
-
-def one_f_one_b(p: int, m: int) -> list[list[Action]]:
-    """As soon as a microbatch can go back, it does: at most p - r are alive on rank r."""
-    def rank(r: int) -> list[Action]:
-        warm = min(m, p - r - 1)
-        actions = [Action("F", r, i) for i in range(warm)]
-        for i in range(m - warm):
-            actions += [Action("F", r, warm + i), Action("D", r, i)]
-        return actions + [Action("D", r, i) for i in range(m - warm, m)]
-
-    return [rank(r) for r in range(p)]
-
-
-def interleaved(p: int, m: int, v: int = 2) -> list[list[Action]]:
-    """1F1B where each rank holds v thinner stages, r, r + p, r + 2 p ...: the bubble shrinks to 1 / v of it."""
-    if m % p:
-        raise ValueError(f"the interleaved schedule needs microbatches in multiples of its {p} ranks, not {m}")
-    n = m * v
-
-    def forward(r: int, k: int) -> Action:  # the k-th of a rank: p microbatches through a chunk, then the next chunk
-        return Action("F", k % (p * v) // p * p + r, k // (p * v) * p + k % p)
-
-    def backward(r: int, k: int) -> Action:
-        return Action("D", (v - 1 - k % (p * v) // p) * p + r, k // (p * v) * p + k % p)
-
-    def rank(r: int) -> list[Action]:
-        warm = min(n, 2 * (p - r - 1) + (v - 1) * p)
-        actions = [forward(r, k) for k in range(warm)]
-        for k in range(n - warm):
-            actions += [forward(r, warm + k), backward(r, k)]
-        return actions + [backward(r, k) for k in range(n - warm, n)]
-
-    return [rank(r) for r in range(p)]
-
-
-def zb_h1(p: int, m: int) -> list[list[Action]]:
-    """1F1B with the backward cut in two: the next rank waits only for B, and the W, put off, fill the bubble.
-
-    Rank r puts off r of them: then p microbatches are alive on each rank, no more than 1F1B has on its first.
-    """
-    def rank(r: int) -> list[Action]:
-        warm, actions, done = min(m, p - r - 1), [], 0
-        actions += [Action("F", r, i) for i in range(warm)]
-        for i in range(m):
-            actions += [Action("F", r, warm + i)] if warm + i < m else []
-            actions += [Action("B", r, i)]
-            if i >= r:
-                actions, done = actions + [Action("W", r, done)], done + 1
-        return actions + [Action("W", r, i) for i in range(done, m)]
-
-    return [rank(r) for r in range(p)]
-
-
-def forward_only(p: int, m: int, v: int = 1) -> list[list[Action]]:
-    """Evaluation: no backward."""
-    return [[Action("F", c * p + r, i) for c in range(v) for i in range(m)] for r in range(p)]
-
-
-def schedule(name: str, p: int, m: int, v: int = 1) -> list[list[Action]]:
-    """The actions of every rank. name: gpipe, 1f1b, interleaved, zb; p ranks, m microbatches, v stages per rank."""
-    if p < 1 or m < 1 or v < 1:
-        raise ValueError(f"a pipeline of {p} ranks, {m} microbatches, {v} stages per rank: each must be at least 1")
-    if name == "interleaved":
-        return interleaved(p, m, v)
-    makers = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb": zb_h1}
-    if name not in makers or v != 1:
-        raise ValueError(f"pipeline schedule {name!r} with {v} stages per rank; choose gpipe, 1f1b, zb with 1, or interleaved")
-    return makers[name](p, m)
-
-
-# ------------------------------------------------------------------------------------------------------------ simulator
-
-
-class Simulation(NamedTuple):
-    timeline: list[list[tuple[Action, float, float]]]  # per rank (action, start, end)
-    slots: float  # from the first start to the last end
-    idle: list[float]  # per rank
-    peak: list[int]  # per rank: the most (stage, microbatch) pairs that were alive, from F's start to the end of D or W
-
-
-def needs(action: Action, stages: int) -> list[tuple[str, int, int]]:
-    """What must be done before; "G" stands for the gradient to the input, which B and D make."""
-    kind, s, i = action
-    if kind == "F":
-        return [("F", s - 1, i)] if s else []
-    if kind == "W":
-        return [("G", s, i)]
-    return [("F", s, i)] + ([("G", s + 1, i)] if s + 1 < stages else [])
-
-
-def simulate(actions: list[list[Action]], slots: dict | Callable = SLOTS) -> Simulation:
-    """Run a schedule on paper: each action starts once its rank is free and what it needs is there; sending costs none.
-
-    slots: the duration by kind, or of an Action (measured seconds, say). ValueError: a deadlock, or an action that is
-    missing, doubled or on a wrong rank.
-    """
-    duration = slots if callable(slots) else lambda action: slots[action.kind]
-    ranks = len(actions)
-    stages = 1 + max(a.stage for rank in actions for a in rank)
-    check_complete(actions, stages)
-    done, timeline, clock, nothing_moved = {}, [[] for _ in actions], [0] * ranks, False
-    while any(len(timeline[r]) < len(actions[r]) for r in range(ranks)):
-        if nothing_moved:
-            r = next(r for r in range(ranks) if len(timeline[r]) < len(actions[r]))
-            raise ValueError(f"the schedule deadlocks: rank {r} waits before {actions[r][len(timeline[r])]}")
-        nothing_moved = True
-        for r in range(ranks):
-            while len(timeline[r]) < len(actions[r]):
-                action = actions[r][len(timeline[r])]
-                before = needs(action, stages)
-                if any(key not in done for key in before):
-                    break
-                start = max([clock[r], *(done[key] for key in before)])
-                clock[r] = start + duration(action)
-                done["G" if action.kind in "BD" else action.kind, action.stage, action.microbatch] = clock[r]
-                timeline[r].append((action, start, clock[r]))
-                nothing_moved = False
-    total = max(clock)
-    return Simulation(timeline, total, [total - sum(e - s for _, s, e in row) for row in timeline],
-                      [peak_live(rank) for rank in actions])
-
-
-def check_complete(actions: list[list[Action]], stages: int) -> None:
-    counts: dict = {}
-    for r, rank in enumerate(actions):
-        for a in rank:
-            if a.stage % len(actions) != r:
-                raise ValueError(f"{a} stands on rank {r}; stage {a.stage} lies on rank {a.stage % len(actions)}")
-            counts[a.stage, a.microbatch] = counts.get((a.stage, a.microbatch), "") + a.kind
-    microbatches = 1 + max(i for _, i in counts)
-    allowed = ("F",) if set(counts.values()) == {"F"} else ("FD", "FBW")  # forward alone: evaluation
-    for s in range(stages):
-        for i in range(microbatches):
-            if (found := counts.get((s, i), "")) not in allowed:
-                raise ValueError(f"stage {s}, microbatch {i} has the actions {found!r}; it must have {' or '.join(allowed)}")
-
-
-def peak_live(rank: list[Action]) -> int:
-    alive = peak = 0
-    for action in rank:
-        alive += {"F": 1, "D": -1, "B": 0, "W": -1}[action.kind]
-        peak = max(peak, alive)
-    return peak
-
-
-def draw(simulation: Simulation) -> str:
-    """One line per rank, one cell per slot: F3 = forward of microbatch 3; D3 =3 its whole backward, two slots long;
-    B3, W3 the halves; a' marks the later chunks of an interleaved schedule; dots are idle."""
-    rows = []
-    for r, row in enumerate(simulation.timeline):
-        cells = ["."] * int(simulation.slots)
-        for (kind, stage, i), start, end in row:
-            cells[int(start):int(end)] = [k + str(i) + "'" * (stage // len(simulation.timeline))
-                                          for k in (kind + "=")[:int(end - start)]]
-        rows.append(f"rank {r} " + "".join(f"{cell:<4}" for cell in cells).rstrip())
-    return "\n".join(rows)
-
-
-class Transfer(NamedTuple):
-    time: float  # when its sender has it, in the simulation
-    stage: int  # that makes it
-    microbatch: int
-    gradient: bool  # from stage to stage - 1; else an activation, from stage to stage + 1
-    source: int  # ranks
-    target: int
-
-
-def transfers(simulation: Simulation) -> list[Transfer]:
-    """All messages in one total order, that of the simulated time.
-
-    Every rank posts its own in this order. So each pair of ranks agrees on theirs (needed by NCCL, which matches
-    messages by order, on one stream), and the earliest outstanding message always has both its ends posted: no deadlock.
-    """
-    ranks = len(simulation.timeline)
-    stages = 1 + max(a.stage for row in simulation.timeline for a, _, _ in row)
-    found = []
-    for r, row in enumerate(simulation.timeline):
-        for (kind, s, i), _, end in row:
-            if kind == "F" and s + 1 < stages:
-                found.append(Transfer(end, s, i, False, r, (s + 1) % ranks))
-            elif kind in "BD" and s:
-                found.append(Transfer(end, s, i, True, r, (s - 1) % ranks))
-    return sorted(found)
-
-
 # --------------------------------------------------------------------------------------------- the model, cut in stages
 
 
@@ -237,8 +33,8 @@ class Received(nn.Module):
 
     def __init__(self, width: int, dtype: torch.dtype, shards: int):
         super().__init__()
-        self.width, self.dtype, self.shards = width, dtype, shards  # shards: of the sequence, by sequence parallelism
-        self.x = None
+        self.width, self.dtype, self.x = width, dtype, None
+        self.shards = shards  # into which sequence parallelism divides the positions
 
     def buffer(self, input_ids: Tensor) -> Tensor:
         B, S = input_ids.shape
@@ -247,6 +43,13 @@ class Received(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         x, self.x = self.x, None
         return x
+
+
+class NoPositions(nn.Module):
+    """Stands where a later stage would add learned positions a second time."""
+
+    def forward(self, position_ids: Tensor) -> float:
+        return 0.0
 
 
 class Layers(nn.ModuleDict):
@@ -279,20 +82,21 @@ def balance(costs: list[float], stages: int, first: float = 0.0, last: float = 0
 
 
 def cut(model: nn.Module, rank: int, ranks: int, v: int = 1, sizes: list[int] | None = None) -> dict[int, nn.Module]:
-    """The stages of one rank {stage: module}, cut from a CausalLM of any initial weights. The model is not changed.
+    """One rank's stages of a CausalLM {number: module}, which share its parameters; the model itself is not changed.
 
-    A stage is the model with the other stages' pieces taken out: same class, same forward, same parameter names. The
-    first alone has the embedding, the last alone norm and head. sizes: layers of each stage; default `balance` by
-    parameters: embedding and head weigh too, the former not by time but by memory, which is scarcest on rank 0.
-    Tied weights: if first and last stage lie apart, each has its copy and placement {"tied": name of the other}, and
-    their gradients must be summed before the optimizer sees them (`sum_tied_gradients`).
+    Same class, same forward, same parameter names; the first stage alone has the embedding, the last norm and head.
+    sizes: layers of each stage; default: `balance` by parameters, where embedding and head weigh too (the former costs
+    no time, but memory, which is scarcest on rank 0). Tied weights, if first and last stage lie apart, become two
+    copies that name each other, placement {"tied": name}. After tensor_parallel and the like, before ZeRO.
     """
     weigh = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     trunk, stages = model.model, ranks * v
     embed, head = trunk.embed_tokens, model.lm_head
-    sizes = sizes or balance([weigh(layer) for layer in trunk.layers], stages, weigh(embed), weigh(head))
+    positions = getattr(trunk, "embed_positions", None)
+    entry = weigh(embed) + (weigh(positions) if positions else 0)
+    sizes = sizes or balance([weigh(layer) for layer in trunk.layers], stages, entry, weigh(head))
     if len(sizes) != stages or sum(sizes) != len(trunk.layers) or min(sizes) < 1:
-        raise ValueError(f"{stages} stages of {sizes} layers do not make up {len(trunk.layers)} layers")
+        raise ValueError(f"{stages} pipeline stages of {sizes} layers: the model has {len(trunk.layers)}")
     tied, found = head.weight is embed.weight and ranks > 1, {}
     if tied and rank == ranks - 1:
         head = shell(head)
@@ -308,6 +112,8 @@ def cut(model: nn.Module, rank: int, ranks: int, v: int = 1, sizes: list[int] | 
         if s > 0:
             stage.model.embed_tokens = Received(embed.weight.shape[1], embed.weight.dtype,
                                                 getattr(embed, "sequence_shards", 1))
+            if positions:
+                stage.model.embed_positions = NoPositions()
         if s < stages - 1:
             stage.model.norm = stage.lm_head = nn.Identity()
         found[s] = stage
@@ -319,21 +125,6 @@ def shell(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
     return twin
-
-
-def sum_tied_gradients(stages: dict[int, nn.Module], group=None) -> None:
-    """Embedding and head of a tied model each saw a part of the gradient: first and last rank exchange theirs, and both
-    hold the same sum. Before clipping, and before ZeRO scatters gradients (Megatron-LM #844), or the copies drift."""
-    tied = [p for stage in stages.values() for p in stage.parameters() if "tied" in getattr(p, "placement", {})]
-    if not tied or group is None:
-        return
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    peer, mine, other = ranks - 1 - rank, tied[0].grad, torch.empty_like(tied[0].grad)
-    both = [dist.P2POp(dist.isend, mine, group=group, group_peer=peer),
-            dist.P2POp(dist.irecv, other, group=group, group_peer=peer)]
-    for handle in dist.batch_isend_irecv(both):
-        handle.wait()
-    tied[0].grad = mine + other  # two terms: the same in either order, to the bit
 
 
 # -------------------------------------------------------------------------------------------- backward, cut in B and W
@@ -376,7 +167,7 @@ def backward_input(output: Tensor, gradient: Tensor | None, x: Tensor) -> tuple[
 
 
 def trunk_between(root: GradientEdge, end: GradientEdge) -> tuple[dict, dict]:
-    """Nodes on a path from root to end, the latter excluded -> ({node: True}, {node: numbers of its outputs in use})."""
+    """Nodes on a path from root to end, the latter excluded -> ({node: True}, {node: numbers of its outputs used})."""
     entries, leads, stack = {root.node: {root.output_nr}}, {end.node: True}, [(root.node, False)]
     while stack:  # depth first; a loop, for a deep model's graph exceeds Python's recursion
         node, below_done = stack.pop()
@@ -411,81 +202,17 @@ def backward_weights(later: Later) -> None:
 # ------------------------------------------------------------------------------------------------------------- executor
 
 
-def execute(actions: list[list[Action]], stages: dict[int, nn.Module], microbatches: list[tuple[dict, Tensor]],
-            loss_of: Callable[[Tensor, Tensor], Tensor], group=None) -> tuple[Tensor, list]:
-    """Run this rank's list of a schedule; gradients are added to .grad -> (loss, timeline).
+class Beside(torch.autograd.Function):
+    """Hands x on, and backward sends 1 to the scalar beside it: a stage's own loss joins the gradient that comes."""
 
-    stages: from `cut`. microbatches, the same on all ranks of the group: (keyword arguments of the model's forward, with
-    input_ids (B, S); labels (B, S)). loss_of(logits, labels) -> scalar, summed over tokens and divided by the number
-    counted in the *global* batch, so that those of microbatches add up. loss: their sum, float64, on every rank.
-    timeline: (action, start, end) in seconds of the machine's clock, without the wait for what the action needs.
-    """
-    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    if len(actions) != ranks:
-        raise ValueError(f"a schedule of {len(actions)} ranks on {ranks}")
-    simulation = simulate(actions)
-    last = max(a.stage for row in actions for a in row)
-    to_post = [t for t in transfers(simulation) if rank in (t.source, t.target)]
-    made, arriving, sending = {}, {}, []  # by (stage that makes it, microbatch, is it a gradient)
-    alive, later, timeline = {}, {}, []  # alive: (output, x) of a stage and microbatch
-    loss = torch.zeros((), dtype=torch.float64, device=microbatches[0][1].device)
+    @staticmethod
+    def forward(ctx, x, scalar):
+        ctx.one = torch.ones_like(scalar)
+        return x.view_as(x)
 
-    def post() -> None:
-        """Start the next messages in the total order, up to a send whose tensor is still to be made."""
-        while to_post and (to_post[0].source != rank or to_post[0][1:4] in made):
-            t = to_post.pop(0)
-            key = t[1:4]
-            if t.source == t.target:
-                arriving[key] = made.pop(key), None
-            elif t.source == rank:
-                tensor = made.pop(key).contiguous()
-                sending.append((tensor, dist.isend(tensor, group=group, group_dst=t.target)))
-            else:  # a gradient looks like the output it belongs to
-                tensor = (torch.empty_like(alive[t.stage - 1, t.microbatch][0]) if t.gradient else
-                          stages[t.stage + 1].model.embed_tokens.buffer(microbatches[t.microbatch][0]["input_ids"]))
-                arriving[key] = tensor, dist.irecv(tensor, group=group, group_src=t.source)
-
-    def take(key) -> Tensor:
-        tensor, handle = arriving.pop(key)
-        if handle is not None:
-            handle.wait()
-        return tensor
-
-    for action in actions[rank]:
-        kind, s, i = action
-        post()
-        came = take((s - 1, i, False)) if kind == "F" and s > 0 else take((s + 1, i, True)) if kind in "BD" and s < last else None
-        start = time.perf_counter()
-        if kind == "F":
-            output, x = forward(stages[s], came, microbatches[i][0])
-            if s == last:
-                output = loss_of(output, microbatches[i][1])
-                loss += output.detach()
-            else:
-                made[s, i, False] = output.detach()
-            if torch.is_grad_enabled():
-                alive[s, i] = output, x
-        elif kind == "W":
-            backward_weights(later.pop((s, i)))
-        else:
-            output, x = alive.pop((s, i))
-            gradient = None
-            if kind == "B":
-                gradient, later[s, i] = backward_input(output, came, x)
-            elif output.requires_grad:  # unless all of the first stage is frozen
-                torch.autograd.backward(output, came)
-                gradient = x.grad if s > 0 else None
-            if s > 0:
-                made[s, i, True] = gradient
-            del output, x
-        timeline.append((action, start, time.perf_counter()))
-        sending = [(tensor, handle) for tensor, handle in sending if not handle.is_completed()]
-    post()
-    for _, handle in sending:
-        handle.wait()
-    if ranks > 1:
-        dist.all_reduce(loss, dist.ReduceOp.SUM, group)
-    return loss, timeline
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, ctx.one
 
 
 def forward(stage: nn.Module, came: Tensor | None, inputs: dict) -> tuple[Tensor, Tensor]:
@@ -493,28 +220,95 @@ def forward(stage: nn.Module, came: Tensor | None, inputs: dict) -> tuple[Tensor
     entry, seen = stage.model.embed_tokens, []
     if came is not None:
         entry.x = came.requires_grad_(torch.is_grad_enabled())
-    hook = entry.register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = entry.register_forward_hook(lambda module, arguments, output: seen.append(output))
     try:
         return stage(**inputs), seen[0]
     finally:
         hook.remove()
 
 
-def compare(actions: list[list[Action]], timelines: list[list]) -> dict:
-    """Recorded timelines of all ranks beside the simulation, which here takes the measured durations as its slots.
+def execute(plan, stages: dict[int, nn.Module], microbatches: list[tuple[dict, Tensor]],
+            loss_of: Callable[[Tensor, Tensor], Tensor], group=None, own_loss: Callable | None = None):
+    """Run this rank's list of a plan; gradients are added to .grad, unless they are disabled -> (loss, timeline).
 
-    -> {"same_order", "kept_order": no action began before what it needs had ended, "predicted", "measured": seconds}.
+    plan: schedules.plan's .actions and .messages. stages: from `cut`. microbatches, the same on all ranks of the group:
+    (keyword arguments of the model's forward, with input_ids (B, S); labels (B, S)). loss_of(logits, labels) -> scalar,
+    summed over tokens and divided by the number counted in the *global* batch. own_loss(stage) -> scalar or None, asked
+    for after each forward: what a stage adds, such as its routers' balance, likewise divided. loss: the sum of it all,
+    float64, on every rank. timeline: (action, start, end) in seconds of the machine's clock, without the wait for what
+    the action needs; on a GPU, of its launch. ValueError: a plan for other ranks, or zero bubble with recomputation.
     """
-    stages = 1 + max(a.stage for row in actions for a in row)
-    seconds = {action: end - start for row in timelines for action, start, end in row}
-    ends = {("G" if a.kind in "BD" else a.kind, a.stage, a.microbatch): e for row in timelines for a, _, e in row}
-    return {"same_order": [[a for a, _, _ in row] for row in timelines] == actions,
-            "kept_order": all(ends[key] <= start for row in timelines for a, start, _ in row for key in needs(a, stages)),
-            "predicted": simulate(actions, lambda action: seconds[action]).slots,
-            "measured": max(e for row in timelines for _, _, e in row) - min(s for row in timelines for _, s, _ in row)}
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    if len(plan.actions) != ranks:
+        raise ValueError(f"a pipeline schedule of {len(plan.actions)} ranks on {ranks}")
+    recomputing = any(stage.model.activation_checkpointing != "none" for stage in stages.values())
+    if recomputing and any(kind == "W" for kind, *_ in plan.actions[rank]):
+        raise ValueError("zero bubble keeps activations until W: it does not go with activation checkpointing")
+    last = max(s for actions in plan.actions for _, s, _ in actions)
+    to_post = [message for message in plan.messages if rank in (message.source, message.target)]
+    made, arriving, sending = {}, {}, []  # tensors by (stage that makes it, microbatch, is it a gradient)
+    alive, later, timeline = {}, {}, []  # (output, x), and what B left, by (stage, microbatch)
+    loss = torch.zeros((), dtype=torch.float64, device=microbatches[0][1].device)
 
+    def post() -> None:
+        """Start this rank's next messages, in the plan's order, up to a send whose tensor is still to be made."""
+        while to_post and (to_post[0].source != rank or to_post[0][1:4] in made):
+            _, s, i, gradient, source, target = to_post.pop(0)
+            if source == target:
+                arriving[s, i, gradient] = made.pop((s, i, gradient)), None
+            elif source == rank:
+                tensor = made.pop((s, i, gradient)).contiguous()
+                sending.append((tensor, dist.isend(tensor, group=group, group_dst=target)))
+            else:  # a gradient looks like the output it belongs to, which was sent before it
+                tensor = (torch.empty_like(alive[s - 1, i][0]) if gradient else
+                          stages[s + 1].model.embed_tokens.buffer(microbatches[i][0]["input_ids"]))
+                arriving[s, i, gradient] = tensor, dist.irecv(tensor, group=group, group_src=source)
 
-if __name__ == "__main__":
-    for name, chunks in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb", 1)):
-        on_paper = simulate(schedule(name, 4, 8, chunks))
-        print(f"{name}: {on_paper.slots} slots, idle {on_paper.idle}, live {on_paper.peak}\n{draw(on_paper)}\n")
+    def take(kind: str, s: int, i: int) -> Tensor | None:
+        """Wait for what an action needs from another stage."""
+        key = {"F": (s - 1, i, False), "W": None}.get(kind, (s + 1, i, True))
+        if key is None or not 0 <= key[0] <= last:
+            return None
+        tensor, handle = arriving.pop(key)
+        if handle is not None:
+            handle.wait()
+        return tensor
+
+    for action in plan.actions[rank]:
+        kind, s, i = action
+        post()
+        came = take(kind, s, i)
+        start = time.perf_counter()
+        if kind == "F":
+            inputs, labels = microbatches[i]
+            output, x = forward(stages[s], came, inputs)
+            output = loss_of(output, labels) if s == last else output
+            own = own_loss(stages[s]) if own_loss else None
+            loss += (output.detach() if s == last else 0) + (0 if own is None else own.detach())
+            if own is not None and torch.is_grad_enabled():
+                output = output + own if s == last else Beside.apply(output, own)
+            if s < last:
+                made[s, i, False] = output.detach()
+            if torch.is_grad_enabled():
+                alive[s, i] = output, x
+        elif kind == "W":
+            backward_weights(later.pop((s, i)))
+        else:
+            output, x = alive.pop((s, i))
+            if kind == "B":
+                gradient, later[s, i] = backward_input(output, came, x)
+            else:
+                if output.requires_grad:  # unless all of the first stage is frozen
+                    torch.autograd.backward(output, came)
+                gradient = x.grad if s > 0 else None
+            if s > 0:
+                made[s, i, True] = gradient
+            del output, x
+        timeline.append((action, start, time.perf_counter()))
+        sending[:] = [(tensor, handle) for tensor, handle in sending if not handle.is_completed()]
+    post()
+    for _, handle in sending:
+        handle.wait()
+    if ranks > 1:
+        dist.all_reduce(loss, dist.ReduceOp.SUM, group)
+    return loss, timeline

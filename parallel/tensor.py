@@ -1,4 +1,4 @@
-"""Tensor parallelism: every matrix of a layer cut over t ranks, so that two all-reduces per layer and direction suffice.
+"""Tensor parallelism: every matrix of a layer is cut over t ranks; two all-reduces a layer and direction join them.
 
     column parallel   W = [W_1; ...; W_t] cut by outputs   y_r = x W_r^T             each rank has some of the outputs
     row parallel      W = [W_1, ..., W_t] cut by inputs    y = sum over r x_r W_r^T  each rank has one term of the sum
@@ -12,6 +12,7 @@ Sequence parallel: between g and f the ranks share out the positions, (B, S / t,
 are not kept t times. g becomes a reduce-scatter, f an all-gather: together the bytes of the all-reduce.
 
 Cross-entropy never gathers logits: three reductions of one number per token (maximum, sum of exponentials, target).
+Replicated parameters with a part of the gradient say so in their placement, and grads.py sums.
 
     model = tensor_parallel(CausalLM(config), group)           # in place; the same names, thinner tensors
     loss = vocab_parallel_cross_entropy(model(input_ids), labels, group, vocab_size).sum() / counted
@@ -277,7 +278,7 @@ def check_divisible(model: nn.Module, t: int) -> None:
 
 
 def attend_with_own_heads(attend, heads: int, rank: int, t: int):
-    """attend(q, k, v, mask, dropout) with this rank's part of what is said per head: ALiBi's biases, dropout's masks."""
+    """attend(q, k, v, mask, dropout) with this rank's part of what each head has: ALiBi's biases, dropout's masks."""
     def own(q, k, v, mask, dropout=0.0):
         if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:  # (B, H, S, T)
             mask = mask.chunk(t, dim=1)[rank]
@@ -302,14 +303,3 @@ def whole(tensor: Tensor, placement: dict, group) -> Tensor:
 def full_state(model: nn.Module, group) -> dict[str, Tensor]:
     """{name: whole tensor} of all parameters, on every rank; tied ones once."""
     return {name: whole(p, getattr(p, "placement", {}), group) for name, p in model.named_parameters()}
-
-
-def sum_partial_gradients(model: nn.Module, group) -> None:
-    """Complete the gradients of replicated parameters that saw only this rank's heads or positions: in one all-reduce."""
-    partial = [p for p in model.parameters() if "tp" in getattr(p, "placement", {}).get("partial", ()) and p.grad is not None]
-    if group is None or not partial:
-        return
-    flat = torch.cat([p.grad.flatten() for p in partial])
-    dist.all_reduce(flat, dist.ReduceOp.SUM, group)
-    for p, piece in zip(partial, flat.split([p.numel() for p in partial])):
-        p.grad.copy_(piece.view_as(p.grad))

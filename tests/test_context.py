@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from model import eager_attention
-from oracle import adamw, assert_same, batches, summed_loss, tiny_model, train
+from oracle import adamw, assert_same, batches, named, summed_loss, tiny_model, train
 from parallel import context
 from parallel.ledger import Ledger
 from processes import run_on
@@ -69,7 +69,8 @@ def test_a_fully_masked_block_stays_finite():
 def ring_alone(world, method, window, documents):
     """-> (error of out, errors of dq, dk, dv) against eager attention over the whole sequence."""
     generator = torch.Generator().manual_seed(2)
-    q, k, v, weight = (torch.randn(2, 16, heads, 4, generator=generator, dtype=torch.double).requires_grad_() for heads in (4, 2, 2, 4))
+    q, k, v, weight = (torch.randn(2, 16, heads, 4, generator=generator, dtype=torch.double).requires_grad_()
+                       for heads in (4, 2, 2, 4))
     starts = context.document_starts(DOCUMENTS, 2, 16) if documents else None
     truth = eager_attention(q, k, v, context.whole_mask(16, window, starts, q.device))
     true_gradients = torch.autograd.grad((truth * weight).sum(), (q, k, v))
@@ -77,7 +78,8 @@ def ring_alone(world, method, window, documents):
     mine = [context.split(x, *place).detach().requires_grad_() for x in (q, k, v)]
     out = context.ring_attention(*mine, GROUP(), method, window, starts)
     gradients = torch.autograd.grad((out * context.split(weight, *place)).sum(), mine)
-    return [(a - context.split(b, *place)).abs().max().item() for a, b in zip((out, *gradients), (truth, *true_gradients))]
+    pairs = zip((out, *gradients), (truth, *true_gradients))
+    return [(a - context.split(b, *place)).abs().max().item() for a, b in pairs]
 
 
 @pytest.mark.parametrize("method", ["zigzag", "ring"])
@@ -90,14 +92,14 @@ def test_ring_attention_and_its_gradients(method, window, documents):
 
 def messages(world, method, key_heads):
     generator = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(1, 16 // world, heads, 4, generator=generator).requires_grad_() for heads in (4, key_heads, key_heads))
-    units = []
-    counted = context.attend_block
+    q, k, v = (torch.randn(1, 16 // world, heads, 4, generator=generator).requires_grad_()
+               for heads in (4, key_heads, key_heads))
+    units, counted = [], context.attend_block
     context.attend_block = lambda *args: units.append(1) or counted(*args)
     try:
         with Ledger() as forward:
             if method == "ulysses":
-                out = context.ulysses_attention(q, k, v, None, 0.0, lambda q, k, v, mask, dropout: eager_attention(q, k, v, mask), GROUP())
+                out = context.ulysses_attention(q, k, v, None, 0.0, eager_attention, GROUP())
             else:
                 out = context.ring_attention(q, k, v, GROUP(), method)
         with Ledger() as backward:
@@ -114,14 +116,15 @@ def test_hops_of_ring_attention(world):
         results = run_on(world, messages, method, 2)
         for (forward, backward), _ in results:
             assert forward == [block] * (world - 1) and backward == [block] * (2 * world - 1)
-        assert [units for _, units in results] == context.work_units(world, method)  # the blocks that were really computed
+        assert [units for _, units in results] == context.work_units(world, method)  # blocks that were computed
 
 
 def test_ulysses_exchanges_q_k_v_and_out_and_repeats_too_few_key_heads():
     for (forward, backward), _ in run_on(4, messages, "ulysses", 2):
         assert forward == backward == [("all_to_all", (4, 1, 4, 1, 4))] * 4  # 2 key heads became 4
     for (forward, backward), _ in run_on(2, messages, "ulysses", 2):
-        assert sorted(forward) == sorted(backward) == [("all_to_all", (2, 1, 8, 1, 4))] * 2 + [("all_to_all", (2, 1, 8, 2, 4))] * 2
+        keys, queries = ("all_to_all", (2, 1, 8, 1, 4)), ("all_to_all", (2, 1, 8, 2, 4))
+        assert sorted(forward) == sorted(backward) == [keys] * 2 + [queries] * 2
 
 
 # ----------------------------------------------------------------------------------------------- whole models
@@ -143,10 +146,10 @@ def shared_out(world, method, changes, cu_seqlens=None, checkpointing="none"):
         loss = loss.detach()
         for tensor in (loss, *(p.grad for p in model.parameters())):
             dist.all_reduce(tensor)
-        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        grads = named(model)
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"loss": loss.item(), "grads": grads, "params": {n: p.detach().clone() for n, p in model.named_parameters()}})
+        history.append({"loss": loss.item(), "grads": grads, "params": named(model, "data")})
     return history
 
 
@@ -171,7 +174,7 @@ def test_three_steps_equal_one_process(method, world):
 
 @pytest.mark.parametrize("method", context.METHODS)
 def test_documents_windows_and_recomputation_equal_one_process(method):
-    """Labels, positions and documents all cross the pieces' borders; a recomputed layer has its own forward's documents."""
+    """Labels, positions and documents cross the pieces' borders; a recomputed layer has its own forward's documents."""
     changes = dict(sliding_window=6, num_hidden_layers=2)
     truth = one_process(changes, DOCUMENTS)
     for history in run_on(4 if method != "ulysses" else 2, shared_out, method, changes, DOCUMENTS, "full"):
@@ -181,7 +184,8 @@ def test_documents_windows_and_recomputation_equal_one_process(method):
 def mixed_microbatches(world, method):
     """One microbatch with documents, one without, both forwards first, layers recomputed in backward."""
     def gradients(model, forward):
-        parts = [summed_loss(*forward(ids, labels, cu)) for (ids, labels), cu in zip(batches(1, 2, length=16)[0], (DOCUMENTS, None))]
+        data = zip(batches(1, 2, length=16)[0], (DOCUMENTS, None))
+        parts = [summed_loss(*forward(ids, labels, cu_seqlens)) for (ids, labels), cu_seqlens in data]
         torch.stack(parts).sum().backward()
         return {n: p.grad for n, p in model.named_parameters()}
 
@@ -232,7 +236,8 @@ def test_rope_positions_are_global():
 
 def refusals(world):
     said = []
-    for changes, method in ((dict(num_attention_heads=2), "ulysses"), (dict(attention_dropout=0.1), "zigzag"), ({}, "star")):
+    for changes, method in ((dict(num_attention_heads=2), "ulysses"), (dict(attention_dropout=0.1), "zigzag"),
+                            (dict(position_embedding_type="alibi"), "ring"), ({}, "star")):
         with pytest.raises(ValueError) as error:
             context.context_parallel(tiny_model(**changes), GROUP(), method)
         said.append(str(error.value))
@@ -241,8 +246,9 @@ def refusals(world):
 
 def test_what_cannot_be_done_is_refused_with_one_line():
     for said in run_on(4, refusals):
-        assert said == ["ulysses on 4 ranks needs query heads in multiples of it, here 2; these would do: 1, 2, or zigzag",
-                        "zigzag attention has no dropout; take ulysses or attention_dropout 0",
+        assert said == ["ulysses on 4 ranks needs query heads in multiples of it, here 2; these would do: 1, 2, or "
+                        "zigzag", "zigzag attention has no dropout; take ulysses or attention_dropout 0",
+                        "context parallelism (ring) does not know position_embedding_type alibi",
                         "context-parallel method 'star'; choose zigzag, ring, ulysses"]
 
 

@@ -1,88 +1,17 @@
-"""parallel/pipeline.py: schedules counted on paper, then run on gloo processes and held to one process in float64."""
+"""parallel/pipeline.py: stages and the backward in two by themselves, then plans run on gloo processes, held to one
+process in float64."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from moe import router_loss
 from oracle import adamw, assert_same, batches, named, summed_loss, tiny_model, train
-from parallel import pipeline
-from parallel.pipeline import Action, balance, cut, draw, execute, schedule, simulate
+from parallel import grads, pipeline, schedules
+from parallel.mesh import Mesh
+from parallel.pipeline import balance, cut, execute
 from processes import run_on
-
-# --------------------------------------------------------------------------------------------------------- on paper
-
-
-@pytest.mark.parametrize("name, v, slots", [("gpipe", 1, 33), ("1f1b", 1, 33), ("interleaved", 2, 57), ("zb", 1, 27)])
-def test_slots_of_four_ranks_and_eight_microbatches(name, v, slots):
-    assert simulate(schedule(name, 4, 8, v)).slots == slots
-
-
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 16])
-def test_slots_idle_and_live_microbatches_are_the_formulas(p, m):
-    for name in ("gpipe", "1f1b"):
-        s = simulate(schedule(name, p, m))
-        assert s.slots == 3 * (m + p - 1) and s.idle == [3 * (p - 1)] * p
-        assert s.peak == [m if name == "gpipe" else min(m, p - r) for r in range(p)]
-    s = simulate(schedule("zb", p, m))
-    if m >= p:
-        assert s.slots == 3 * m + p - 1 and s.idle == [p - 1] * p
-    assert s.peak == [min(m, p)] * p
-    for v in (2, 3):
-        if m % p == 0:
-            s = simulate(schedule("interleaved", p, m, v))
-            assert s.slots == 3 * (m * v + p - 1) and s.idle == [3 * (p - 1)] * p  # (p - 1) / (v m) of the whole
-            if m > p:
-                assert s.peak == [2 * (p - r - 1) + (v - 1) * p + 1 for r in range(p)]
-
-
-def test_bubble_shrinks_with_interleaving_by_the_number_of_chunks():
-    plain, thin = simulate(schedule("1f1b", 4, 8)), simulate(schedule("interleaved", 4, 8, 2))
-    assert plain.idle[0] / (plain.slots - plain.idle[0]) == 3 / 8 and thin.idle[0] / (thin.slots - thin.idle[0]) == 3 / 16
-
-
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb"])
-def test_fewer_microbatches_than_stages_do_not_hang_on_paper(name):
-    for m in (1, 2, 3):
-        assert simulate(schedule(name, 4, m)).slots <= 3 * (m + 3)
-
-
-def test_simulator_finds_deadlocks_and_lost_actions():
-    good = schedule("1f1b", 2, 2)
-    swapped = [[Action(k, r, i) for i in order for k in "FD"] for r, order in enumerate([(0, 1), (1, 0)])]
-    with pytest.raises(ValueError, match="deadlocks: rank 0 waits before Action.kind='D'"):
-        simulate(swapped)
-    with pytest.raises(ValueError, match="stage 1, microbatch 1 has the actions 'F'; it must have FD or FBW"):
-        simulate([good[0], good[1][:-1]])
-    with pytest.raises(ValueError, match="stands on rank 0; stage 1 lies on rank 1"):
-        simulate([good[1], good[0]])
-
-
-def test_interleaved_refuses_other_numbers_of_microbatches():
-    with pytest.raises(ValueError, match="multiples of its 4 ranks, not 6"):
-        schedule("interleaved", 4, 6, 2)
-
-
-def test_drawing_has_every_action_in_its_slot():
-    text = draw(simulate(schedule("zb", 2, 2)))
-    assert text == ("rank 0 F0  F1  .   B0  W0  B1  W1\n"
-                    "rank 1 .   F0  B0  F1  B1  W0  W1")
-    assert draw(simulate(schedule("gpipe", 1, 1))) == "rank 0 F0  D0  =0"
-
-
-def test_messages_are_posted_in_one_order_that_cannot_deadlock():
-    """Each rank posts its messages one after the other, and each waits for both its ends, as on a single NCCL stream."""
-    for name, p, m, v in (("gpipe", 3, 2, 1), ("1f1b", 4, 8, 1), ("zb", 4, 3, 1), ("interleaved", 4, 8, 3), ("interleaved", 2, 4, 2)):
-        simulation = simulate(schedule(name, p, m, v))
-        queue = pipeline.transfers(simulation)
-        assert len(queue) == 2 * m * (p * v - 1) and queue == sorted(queue)
-        arrived = {(t.stage, t.microbatch, t.gradient): t.time for t in queue}
-        for row in simulation.timeline:
-            for (kind, s, i), start, _ in row:  # what an action needs comes earlier in that order than what it makes
-                source = (s - 1, i, False) if kind == "F" else (s + 1, i, True) if kind in "BD" else None
-                assert source not in arrived or arrived[source] <= start
-
 
 def test_uneven_layers_balanced_by_cost_embedding_and_head_weigh_too():
     assert balance([1.0] * 7, 3) == [2, 2, 3] or max(balance([1.0] * 7, 3)) == 3
@@ -95,7 +24,11 @@ def test_uneven_layers_balanced_by_cost_embedding_and_head_weigh_too():
     for _ in range(20):  # against all the ways to cut
         costs = torch.rand(7, generator=generator).tolist()
         ways = [(a, b, 7 - a - b) for a in range(1, 6) for b in range(1, 7 - a)]
-        dearest = lambda way: max(sum(costs[:way[0]]) + 0.5, sum(costs[way[0]:way[0] + way[1]]), sum(costs[way[0] + way[1]:]) + 1)  # noqa: E731
+
+        def dearest(sizes):
+            a, b, _ = sizes
+            return max(sum(costs[:a]) + 0.5, sum(costs[a:a + b]), sum(costs[a + b:]) + 1)
+
         assert dearest(balance(costs, 3, 0.5, 1.0)) == pytest.approx(min(map(dearest, ways)))
 
 
@@ -151,21 +84,22 @@ def test_frozen_embedding_and_frozen_layers_split_too():
 
 def pipelined(world, name, v, microbatches, changes, sizes=None):
     """-> per step {"loss", "grads", "params"} of this rank's stages, and the timelines."""
-    group, rank = dist.group.WORLD, dist.get_rank()
-    stages = cut(tiny_model(**changes), rank, world, v, sizes)
+    mesh = Mesh(pp=world)
+    stages = cut(tiny_model(**changes), mesh.rank("pp"), world, v, sizes)
     parameters = [pair for stage in stages.values() for pair in stage.named_parameters()]
     optimizer, history, timelines = adamw(parameters), [], []
     for step in batches(microbatches=microbatches):
         counted = sum(int((labels != -100).sum()) for _, labels in step)
-        loss, timeline = execute(schedule(name, world, microbatches, v), stages,
+        loss, timeline = execute(schedules.plan(name, world, microbatches, v), stages,
                                  [(dict(input_ids=ids), labels) for ids, labels in step],
-                                 lambda logits, labels: summed_loss(logits, labels) / counted, group)
-        pipeline.sum_tied_gradients(stages, group)
-        grads = {n: p.grad.clone() for n, p in parameters}
+                                 lambda logits, labels: summed_loss(logits, labels) / counted, mesh.group("pp"))
+        grads.finalize([p for _, p in parameters], mesh)
+        found = {n: p.grad.clone() for n, p in parameters}
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"loss": loss.item(), "grads": grads, "params": {n: p.detach().clone() for n, p in parameters}})
+        history.append({"loss": loss.item(), "grads": found, "params": {n: p.detach().clone() for n, p in parameters}})
         timelines.append(timeline)
+    mesh.destroy()
     return history, timelines
 
 
@@ -186,34 +120,37 @@ def joined(results: list, tied: bool = False) -> list[dict]:
     return steps
 
 
-@pytest.mark.parametrize("name, v, microbatches", [("gpipe", 1, 4), ("1f1b", 1, 4), ("zb", 1, 5), ("interleaved", 2, 4)])
-@pytest.mark.parametrize("world", [1, 2])
-def test_three_steps_equal_one_process(name, v, microbatches, world):
+NAMED = [("gpipe", 1, 4), ("1f1b", 1, 4), ("zb", 1, 5), ("interleaved", 2, 4)]
+
+
+@pytest.mark.parametrize("name, v, microbatches", NAMED)
+def test_three_steps_equal_one_process(name, v, microbatches):
     changes = dict(tie_word_embeddings=True, qk_norm=True)
     truth = train(tiny_model(**changes), batches(microbatches=microbatches))
-    if world == 1:
-        stages = cut(tiny_model(**changes), 0, 1, v)
-        data = batches(microbatches=microbatches)[0]
-        counted = sum(int((labels != -100).sum()) for _, labels in data)
-        loss, _ = execute(schedule(name, 1, microbatches, v), stages, [(dict(input_ids=i), y) for i, y in data],
-                          lambda logits, labels: summed_loss(logits, labels) / counted)
-        grads = {n: p.grad for stage in stages.values() for n, p in stage.named_parameters()}
-        if v == 1:
-            assert grads.keys() == truth[0]["grads"].keys()
-        assert abs(loss.item() - truth[0]["loss"]) < 1e-9
-        assert all((grads[n] - g).abs().max() < 1e-9 for n, g in truth[0]["grads"].items())
-        return
-    assert_same(joined(run_on(world, pipelined, name, v, microbatches, changes), tied=True), truth)
+    assert_same(joined(run_on(2, pipelined, name, v, microbatches, changes), tied=True), truth)
 
 
-@pytest.mark.parametrize("name, v, sizes", [("1f1b", 1, [1, 2, 1, 1]), ("zb", 1, [2, 1, 1, 1]), ("interleaved", 2, None)])
-def test_four_ranks_with_uneven_layers_equal_one_process(name, v, sizes):
-    changes = dict(num_hidden_layers=9 if v == 2 else 5, attention_bias=True)
+@pytest.mark.parametrize("name, v, microbatches", NAMED)
+def test_one_rank_needs_no_group(name, v, microbatches):
+    changes, data = dict(tie_word_embeddings=True), batches(1, microbatches)
+    truth, counted = train(tiny_model(**changes), data), sum(int((labels != -100).sum()) for _, labels in data[0])
+    stages = cut(tiny_model(**changes), 0, 1, v)
+    loss, _ = execute(schedules.plan(name, 1, microbatches, v), stages, [(dict(input_ids=i), y) for i, y in data[0]],
+                      lambda logits, labels: summed_loss(logits, labels) / counted)
+    found = {n: p.grad for stage in stages.values() for n, p in stage.named_parameters()}
+    assert abs(loss.item() - truth[0]["loss"]) < 1e-9
+    assert all((found[n] - g).abs().max() < 1e-9 for n, g in truth[0]["grads"].items())
+
+
+@pytest.mark.parametrize("name, v, sizes", [("1f1b", 1, [1, 2, 1, 1]), ("zb", 1, [2, 1, 1, 1]),
+                                            ("interleaved", 2, None)])
+def test_uneven_layers_on_four_ranks_equal_one_process(name, v, sizes):
+    changes = dict(num_hidden_layers=9 if v == 2 else 5, attention_bias=True, position_embedding_type="learned")
     truth = train(tiny_model(**changes), batches(microbatches=4))
     results = run_on(4, pipelined, name, v, 4, changes, sizes)
     assert_same(joined(results), truth)
     for timelines in zip(*(t for _, t in results)):  # the recorded timelines: the list itself, nothing before its time
-        found = pipeline.compare(schedule(name, 4, 4, v), list(timelines))
+        found = schedules.compare(schedules.schedule(name, 4, 4, v), list(timelines))
         assert found["same_order"] and found["kept_order"] and found["measured"] > 0
         assert found["predicted"] <= found["measured"] + 1e-9  # sending and waiting cost time; nothing else does
 
@@ -242,7 +179,7 @@ def test_tied_embeddings_stay_bitwise_equal_and_without_the_sum_they_drift():
 def gradients_before_the_sum(world, changes):
     stages = cut(tiny_model(**changes), dist.get_rank(), world)
     data = [(dict(input_ids=ids), labels) for ids, labels in batches()[0]]
-    execute(schedule("1f1b", world, 4), stages, data, summed_loss, dist.group.WORLD)
+    execute(schedules.plan("1f1b", world, 4), stages, data, summed_loss, dist.group.WORLD)
     return next(p.grad for p in stages[dist.get_rank()].parameters() if "tied" in getattr(p, "placement", {}))
 
 
@@ -262,7 +199,8 @@ def documents(world):
     (ids, labels), = batches(1, 1)[0]
     inputs = dict(input_ids=ids, cu_seqlens=torch.tensor([0, 3, 8, 13, 16], dtype=torch.int32))
     with torch.no_grad():
-        loss, _ = execute(pipeline.forward_only(world, 1), stages, [(inputs, labels)], summed_loss, dist.group.WORLD)
+        plan = schedules.plan("forward", world, 1)
+        loss, _ = execute(plan, stages, [(inputs, labels)], summed_loss, dist.group.WORLD)
     return loss.item(), summed_loss(tiny_model()(**inputs), labels).item()
 
 
@@ -271,9 +209,37 @@ def test_documents_and_evaluation():
         assert abs(ours - truth) < 1e-9
 
 
-def test_timeline_of_an_unequal_run_is_predicted_from_its_durations():
-    actions = schedule("1f1b", 2, 2)
-    times = {Action("F", 0, 0): (0, 2), Action("F", 0, 1): (2, 4), Action("F", 1, 0): (3, 4), Action("D", 1, 0): (4, 6),
-             Action("F", 1, 1): (6, 7), Action("D", 1, 1): (7, 9), Action("D", 0, 0): (7, 10), Action("D", 0, 1): (10, 13)}
-    found = pipeline.compare(actions, [[(a, *times[a]) for a in row] for row in actions])
-    assert found == {"same_order": True, "kept_order": True, "predicted": 11, "measured": 13}
+def routed(world, name, chunks):
+    """Experts on a pipeline: each stage adds its routers' own loss to the gradient that comes to it."""
+    mesh, changes = Mesh(pp=world), dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6)
+    data, whole = batches(1)[0], tiny_model(**changes)
+    counted = sum(int((labels != -100).sum()) for _, labels in data)
+    parts = [summed_loss(whole(ids), labels) / counted + router_loss(whole, 0.5, 0.1) / len(data) for ids, labels in data]
+    loss = torch.stack(parts).sum()
+    loss.backward()
+    stages = cut(tiny_model(**changes), mesh.rank("pp"), world, chunks)
+
+    def own_loss(stage):
+        share = len(stage.model.layers) / whole.config.num_hidden_layers  # router_loss is a mean over its layers
+        return share * router_loss(stage, 0.5, 0.1) / len(data)
+
+    ours, _ = execute(schedules.plan(name, world, len(data), chunks), stages, [(dict(input_ids=i), y) for i, y in data],
+                      lambda logits, labels: summed_loss(logits, labels) / counted, mesh.group("pp"), own_loss)
+    mesh.destroy()
+    truth = named(whole)
+    errors = [(p.grad - truth[n]).abs().max().item() for stage in stages.values() for n, p in stage.named_parameters()]
+    return max(errors), abs(ours.item() - loss.item())
+
+
+@pytest.mark.parametrize("name, chunks", [("1f1b", 1), ("zb", 1), ("interleaved", 2)])
+def test_router_losses_of_all_stages_count(name, chunks):
+    for errors in run_on(2, routed, name, chunks):
+        assert max(errors) < 1e-9
+
+
+def test_zero_bubble_refuses_recomputation():
+    model = tiny_model()
+    model.model.activation_checkpointing = "full"
+    (ids, labels), = batches(1, 1)[0]
+    with pytest.raises(ValueError, match="zero bubble keeps activations until W"):
+        execute(schedules.plan("zb", 1, 1), cut(model, 0, 1), [(dict(input_ids=ids), labels)], summed_loss)

@@ -6,29 +6,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from oracle import adamw, assert_same, batches, summed_loss, tiny_model, train
-from parallel import tensor
+from parallel import grads, tensor
 from parallel.ledger import Ledger
+from parallel.mesh import Mesh
 from processes import run_on
 
 GROUP = lambda: dist.group.WORLD  # noqa: E731
 
 
-def sharded(world, changes, sequence_parallel, steps=3):
-    """-> per step {"loss", "grads", "params"}, whole, and whether the replicated gradients are bitwise those of rank 0."""
-    model = tensor.tensor_parallel(tiny_model(**changes), GROUP(), sequence_parallel)
+def sharded(world, changes, sequence_parallel, data=None):
+    """-> per step {"loss", "grads", "params"}, all whole; this rank's head."""
+    mesh = Mesh(tp=world)
+    model = tensor.tensor_parallel(tiny_model(**changes), mesh.group("tp"), sequence_parallel)
     optimizer, history, V = adamw(model.named_parameters()), [], model.config.vocab_size
-    for step in batches(steps):
+    for step in data or batches():
         counted, loss = sum(int((labels != -100).sum()) for _, labels in step), 0.0
         for ids, labels in step:
-            part = tensor.vocab_parallel_cross_entropy(model(ids), labels, GROUP(), V).sum() / counted
+            part = tensor.vocab_parallel_cross_entropy(model(ids), labels, mesh.group("tp"), V).sum() / counted
             part.backward()
             loss += part.item()
-        tensor.sum_partial_gradients(model, GROUP())
-        grads = {n: tensor.whole(p.grad, getattr(p, "placement", {}), GROUP()) for n, p in model.named_parameters()}
+        grads.finalize(model.parameters(), mesh)
+        whole = {n: tensor.whole(p.grad, getattr(p, "placement", {}), mesh.group("tp")).clone()
+                 for n, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"loss": loss, "grads": grads, "params": {n: p.clone() for n, p in tensor.full_state(model, GROUP()).items()}})
-    return history
+        params = {n: p.clone() for n, p in tensor.full_state(model, mesh.group("tp")).items()}
+        history.append({"loss": loss, "grads": whole, "params": params})
+    mesh.destroy()
+    return history, model.lm_head.weight.detach(), getattr(model.lm_head.weight, "placement", None)
 
 
 FAMILIES = {"llama": {}, "qwen2": dict(attention_bias=True, model_type="qwen2"), "biases": dict(attention_bias=True),
@@ -41,7 +46,7 @@ def test_experts_cut_too_equal_one_process():
     changes = EXPERTS | dict(n_shared_experts=1)
     truth = train(tiny_model(**changes), batches())
     assert truth[0]["grads"]["model.layers.1.mlp.gate.weight"].abs().max() > 1e-3  # the router's: whole on every rank
-    for history in run_on(2, sharded, changes, False):
+    for history, *_ in run_on(2, sharded, changes, False):
         assert_same(history, truth)
 
 
@@ -49,7 +54,7 @@ def test_experts_cut_too_equal_one_process():
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_three_steps_equal_one_process(family, sequence_parallel):
     truth = train(tiny_model(**FAMILIES[family]), batches())
-    results = run_on(2, sharded, FAMILIES[family], sequence_parallel)
+    results = [history for history, *_ in run_on(2, sharded, FAMILIES[family], sequence_parallel)]
     for history in results:
         assert_same(history, truth)
     for ours, theirs in zip(*results):  # replicas bitwise equal
@@ -61,32 +66,13 @@ def test_three_steps_equal_one_process(family, sequence_parallel):
 def test_uneven_vocabulary_is_padded_masked_and_dropped_on_save(vocab_size):
     """On 4 ranks 37 tokens are 10 + 10 + 10 + 7, 33 are 9 + 9 + 9 + 6, and 9 are 3 + 3 + 3 + 0."""
     changes = dict(num_key_value_heads=4, vocab_size=vocab_size)
-    data = [[(ids % vocab_size, labels.where(labels < 0, labels % vocab_size)) for ids, labels in step] for step in batches(1)]
-    truth = train(tiny_model(**changes), data)
-    for ours in run_on(4, sharded_with, changes, data):
-        assert_same(ours[0], truth)
-        n = -(-vocab_size // 4)
-        assert ours[1] == {"shape": (n, 16), "global_shape": (vocab_size, 16), "shard": {"tp": 0}}
-        assert ours[2] == 0.0  # padding rows stay zero after the step
-
-
-def sharded_with(world, changes, data):
-    model = tensor.tensor_parallel(tiny_model(**changes), GROUP())
-    V, optimizer = model.config.vocab_size, adamw(model.named_parameters())
-    history = []
-    for step in data:
-        counted, loss = sum(int((labels != -100).sum()) for _, labels in step), 0.0
-        for ids, labels in step:
-            part = tensor.vocab_parallel_cross_entropy(model(ids), labels, GROUP(), V).sum() / counted
-            part.backward()
-            loss += part.item()
-        grads = {n: tensor.whole(p.grad, getattr(p, "placement", {}), GROUP()) for n, p in model.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append({"loss": loss, "grads": grads, "params": tensor.full_state(model, GROUP())})
-    head = model.lm_head.weight
-    padding = head[max(0, V - dist.get_rank() * len(head)):].abs().sum().item()
-    return history, {"shape": tuple(head.shape)} | {k: head.placement[k] for k in ("global_shape", "shard")}, padding
+    data = [[(ids % vocab_size, labels.where(labels < 0, labels % vocab_size)) for ids, labels in step]
+            for step in batches(1)]
+    truth, n = train(tiny_model(**changes), data), -(-vocab_size // 4)
+    for rank, (history, head, placement) in enumerate(run_on(4, sharded, changes, False, data)):
+        assert_same(history, truth)
+        assert head.shape == (n, 16) and placement == {"global_shape": (vocab_size, 16), "shard": {"tp": 0}}
+        assert (head[max(0, vocab_size - rank * n):] == 0).all()  # padding stays zero after the step
 
 
 # ---------------------------------------------------------------------------------------------------- counts
@@ -214,7 +200,7 @@ def test_rng_replicas_share_dropout_masks_and_shards_do_not():
 
 
 def dropped(world, attention):
-    """Attention weights dropped, with and without recomputation: gradients agree, ranks' heads differ, replicas agree."""
+    """Attention weights dropped, with and without recomputation -> loss, both gradients, the next random number."""
     grads = []
     for checkpointing in ("none", "full"):
         torch.manual_seed(3)
@@ -252,9 +238,10 @@ def entropies(world):
     local = padded[..., rank * n:(rank + 1) * n].clone().requires_grad_()
     ours = tensor.vocab_parallel_cross_entropy(local, labels, GROUP(), V)
     (ours * weights).sum().backward()
-    found = torch.cat([tensor.gather_logits(local.grad, GROUP(), V)], -1)
+    found = tensor.gather_logits(local.grad, GROUP(), V)
     half = tensor.vocab_parallel_cross_entropy(local.detach().bfloat16(), labels, GROUP(), V)
-    return [(ours - truth).abs().max().item(), (found - logits.grad).abs().max().item(), half.dtype, ours[0].abs().sum().item()]
+    errors = (ours - truth).abs().max().item(), (found - logits.grad).abs().max().item()
+    return *errors, half.dtype, ours[0].abs().sum().item()
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -265,7 +252,8 @@ def test_vocab_parallel_cross_entropy_and_its_gradient(world):
 
 def test_one_process_needs_no_group():
     model = tiny_model()
-    assert tensor.tensor_parallel(model, None) is model and tensor.full_state(model, None).keys() == dict(model.named_parameters()).keys()
+    assert tensor.tensor_parallel(model, None) is model
+    assert tensor.full_state(model, None).keys() == dict(model.named_parameters()).keys()
     (ids, labels), = batches(1, 1)[0]
     loss = tensor.vocab_parallel_cross_entropy(model(ids), labels, None, 37)
     assert abs(loss.sum().item() - summed_loss(model(ids), labels).item()) < 1e-9
