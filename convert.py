@@ -11,8 +11,8 @@ x[2i + 1]. Attention only sees q . k, which no common reordering changes, so it 
 
     half-split   0 1 2 3 | 4 5 6 7     <->     interleaved   0 4 1 5 2 6 3 7          (one head, D = 8)
 
-llama.cpp's `qwen2` and `qwen3` pair as Hugging Face does. A sentencepiece model, llama2.c's tokenizer.bin and GGUF's
-`llama` tokenizer are one list too (see data/pieces.py).
+llama.cpp's `qwen2`, `qwen3` and `qwen3moe` pair as Hugging Face does. A sentencepiece model, llama2.c's tokenizer.bin
+and GGUF's `llama` tokenizer are one list too (see data/pieces.py).
 """
 
 import dataclasses
@@ -34,12 +34,13 @@ from torch import Tensor
 
 from checkpoint import atomic_file, find_checkpoint, load_model, save_model, sync_folder, write_json
 from cli import parse, run
-from data.gguf_file import MAGIC, dequantize, fitting_kind, read_gguf, write_gguf
+from data.gguf_file import (FILE_TYPES, GGUF_KEYS, GGUF_SCALING, MAGIC, dequantize, fitting_kind, gguf_name, hf_name,
+                            read_gguf, write_gguf)
 from data.pieces import (CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, json_of_pieces, llama2c_of_pieces,
                          model_of_pieces, pieces_of_json, pieces_of_llama2c, pieces_of_model)
 from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN, SentencePieceTokenizer,
                             Tokenizer, load_tokenizer)
-from model import CausalLM, ModelConfig, rope_tables
+from model import CausalLM, ModelConfig, checked_scaling, inverse_frequency, rope_tables
 
 
 @dataclass
@@ -60,7 +61,7 @@ def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", att
     """The model of a Hugging Face folder (or run), a GGUF file or a llama2.c .bin (version 0 or 1); in eval mode.
 
     dtype: to convert to; None keeps the file's, float32 where that is quantized. ValueError: what is none of these, or
-    not whole; a GGUF of another architecture than llama, qwen2 and qwen3."""
+    not whole; a GGUF of another architecture than those in ARCHITECTURES."""
     path = Path(path)
     if path.is_dir():
         return load_model(find_checkpoint(path), dtype=dtype, device=device, attention=attention)
@@ -269,59 +270,38 @@ def write_llama2c(path, model: CausalLM, version: int = 0) -> None:
 
 # --------------------------------------------------------------------------------------------------------- GGUF: models
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> llama.cpp's
-GGUF_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-GGUF_LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-              "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-              "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-GGUF_KEYS = {"context_length": "max_position_embeddings", "embedding_length": "hidden_size", "vocab_size": "vocab_size",
-             "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
-             "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-             "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.key_length": "head_dim",
-             "attention.value_length": "head_dim", "rope.dimension_count": "head_dim", "rope.freq_base": "rope_theta",
-             "attention.sliding_window": "sliding_window"}  # behind "llama." or "qwen2." ...
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K": 14, "BF16": 32}  # llama.cpp's general.file_type
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+                 "qwen3_moe": "qwen3moe"}  # model_type -> llama.cpp's
+LLAMA3_SCALING = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 8192}  # of Llama 3.1 to 3.3, with factors of 8 and 32
 KIND_OF_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F32"}
-
-
-def gguf_name(name: str) -> str:
-    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
-    stem, _, ending = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{next(short for short, long in GGUF_LAYER.items() if long == part)}.{ending}"
-    return f"{next(short for short, long in GGUF_TENSORS.items() if long == stem)}.{ending}"
-
-
-def hf_name(name: str) -> str:
-    """The inverse of gguf_name; a name that is in neither table stays."""
-    stem, _, ending = name.rpartition(".")
-    if stem.startswith("blk.") and stem.count(".") == 2:
-        _, layer, part = stem.split(".")
-        return f"model.layers.{layer}.{GGUF_LAYER[part]}.{ending}" if part in GGUF_LAYER else name
-    return f"{GGUF_TENSORS[stem]}.{ending}" if stem in GGUF_TENSORS else name
 
 
 def write_model_gguf(path, model: CausalLM, tokenizer: Tokenizer | None = None, kind: str | None = None) -> None:
     """Write a GGUF file. kind: a name in FILE_TYPES for the matrices, None for what is nearest to the model's dtype.
 
-    Norms and biases are F32. A row that cannot be cut into blocks falls back (see fitting_kind), and the head, or the
-    table that serves as such, is Q8_0 at least: each of its errors goes straight into the logits.
-    ValueError: a tokenizer, or a RoPE scaling, for which llama.cpp has no counterpart."""
+    Norms, biases and routers are F32. A row that cannot be cut into blocks falls back (see fitting_kind), and the head,
+    or the table that serves as such, is Q8_0 at least: each of its errors goes straight into the logits.
+    ValueError: a tokenizer, a RoPE scaling or a router for which llama.cpp has no counterpart."""
     config = model.config.to_hf()
     arch = ARCHITECTURES.get(config["model_type"])
     if arch is None:
         raise ValueError(f"model_type {config['model_type']!r} is not supported in GGUF; supported: "
                          f"{', '.join(ARCHITECTURES)}")
-    if config.get("rope_scaling"):
-        raise ValueError(f"rope_scaling {config['rope_scaling']} is not supported in GGUF yet")
+    c = model.config
+    if c.num_experts and not (c.norm_topk_prob and all(map(c.is_sparse, range(c.num_hidden_layers)))):
+        raise ValueError(f"llama.cpp's {arch!r} has experts in every layer, whose weights add up to 1; the model has "
+                         f"norm_topk_prob={c.norm_topk_prob}, decoder_sparse_step={c.decoder_sparse_step}, "
+                         f"mlp_only_layers={c.mlp_only_layers}")
+    if c.num_experts:
+        config["num_experts"] = c.num_experts  # for Mixtral too
     kind = kind or KIND_OF_DTYPE[model.lm_head.weight.dtype]
     metadata = {"general.architecture": arch, "general.type": "model", "general.name": Path(path).stem,
                 "general.file_type": FILE_TYPES[kind], "general.quantization_version": 2}
     for key, name in GGUF_KEYS.items():
         if (value := config.get(name)) is not None:
             metadata[f"{arch}.{key}"] = value
+    metadata |= _scaling_to_gguf(arch, c.rope_scaling)
     if config.get("sliding_window"):
         print(f"note: llama.cpp has no sliding window in {arch!r}: beyond {config['sliding_window']} tokens results "
               "will differ", file=sys.stderr)
@@ -334,9 +314,57 @@ def write_model_gguf(path, model: CausalLM, tokenizer: Tokenizer | None = None, 
         def numbers(name=name, p=p):
             weight = p.detach().float()
             return (reordered(name, weight, config, interleaved) if arch == "llama" else weight).cpu().numpy()
-        its_kind = fitting_kind("Q8_0" if name == head and kind.startswith("Q4") else kind, tuple(p.shape))
-        tensors[gguf_name(name)] = its_kind, tuple(p.shape), numbers
+        its_kind = "Q8_0" if name == head and kind.startswith("Q4") else kind
+        its_kind = "F32" if name.endswith("mlp.gate.weight") else its_kind
+        tensors[gguf_name(name)] = fitting_kind(its_kind, tuple(p.shape)), tuple(p.shape), numbers
+    if c.rope_scaling and c.rope_scaling["rope_type"] == "llama3":
+        divisors = _rope_freqs(c.head_dim, c.rope_theta, c.rope_scaling)
+        tensors["rope_freqs.weight"] = "F32", divisors.shape, lambda: divisors
     write_gguf(path, metadata, tensors)
+
+
+def _rope_freqs(head_dim: int, theta: float, scaling: dict) -> np.ndarray:
+    """By what llama3 scaling divides the frequency of each pair (head_dim / 2,), as llama.cpp wants it."""
+    plain, scaled = (inverse_frequency(head_dim, theta, s, None, torch.float64, "cpu")[0] for s in (None, scaling))
+    return (plain / scaled).float().numpy()
+
+
+def _scaling_to_gguf(arch: str, scaling: dict | None) -> dict:
+    """The metadata for rope_scaling. llama.cpp's yarn always has `truncate`, and multiplies attn_factor by
+    0.1 ln(factor) + 1 itself. llama3 travels as a tensor (see _rope_freqs), its numbers in a key of our own."""
+    if scaling is None:
+        return {}
+    kind, factor = scaling["rope_type"], scaling["factor"]
+    if kind == "dynamic" or not scaling.get("truncate", True) or kind == "llama3" and arch != "llama":
+        raise ValueError(f"rope_scaling {scaling} has no counterpart in llama.cpp's {arch!r}")
+    if kind == "llama3":
+        return {"glassbox.rope_scaling": json.dumps(scaling)}
+    known = {"rope_type", "factor"} if kind == "linear" else set(GGUF_SCALING.values())
+    found = {key: scaling[name] for key, name in GGUF_SCALING.items() if name in known and name in scaling}
+    if kind == "yarn":
+        _, temperature = inverse_frequency(4, 10000.0, scaling, None, torch.float64, "cpu")
+        if (extra := temperature / (0.1 * math.log(factor) + 1)) != 1:
+            found["rope.scaling.attn_factor"] = extra
+    numbers = {key: float(value) if key.endswith(("factor", "fast", "slow")) else value for key, value in found.items()}
+    return {f"{arch}.{key}": value for key, value in numbers.items()}
+
+
+def _scaling_from_gguf(path: Path, metadata: dict, tensors: dict, config: dict) -> dict | None:
+    """rope_scaling. ValueError: a rope_freqs.weight that is not Llama 3's."""
+    arch, scaling = metadata["general.architecture"], None
+    if metadata.get(f"{arch}.rope.scaling.type", "none") != "none":
+        scaling = {name: metadata[f"{arch}.{key}"] for key, name in GGUF_SCALING.items() if f"{arch}.{key}" in metadata}
+        if "attention_factor" in scaling:
+            temperature = scaling["attention_factor"] * (0.1 * math.log(scaling["factor"]) + 1)
+            scaling["attention_factor"] = float(f"{temperature:.7g}")  # as many digits as a float32 has
+    if (freqs := tensors.pop("rope_freqs.weight", None)) is not None:
+        divisors = dequantize(freqs)
+        scaling = LLAMA3_SCALING | {"factor": float(divisors.max())}
+        scaling |= json.loads(metadata.get("glassbox.rope_scaling", "{}"))
+        ours = _rope_freqs(2 * len(divisors), config["rope_theta"], scaling)
+        if not np.allclose(ours, divisors, rtol=1e-4):
+            raise ValueError(f"{path}: rope_freqs.weight is not the llama3 scaling {scaling}; others are not supported")
+    return scaling
 
 
 def _open_gguf(path: Path) -> tuple[dict, set[str], Callable[[str], Tensor]]:
@@ -346,10 +374,13 @@ def _open_gguf(path: Path) -> tuple[dict, set[str], Callable[[str], Tensor]]:
     if arch not in ARCHITECTURES.values():
         raise ValueError(f"{path}: architecture {arch!r} is not supported; supported: "
                          f"{', '.join(sorted(set(ARCHITECTURES.values())))}")
-    config, ours = {"model_type": arch}, {f"{arch}.{key}": name for key, name in GGUF_KEYS.items()}
+    config, ours = {"model_type": "qwen3_moe" if arch == "qwen3moe" else arch}, {
+        f"{arch}.{key}": name for key, name in GGUF_KEYS.items()}
+    scaling_keys = {f"{arch}.{key}" for key in (*GGUF_SCALING, "rope.scaling.finetuned")}
     for key, value in metadata.items():
         name = ours.get(key)
-        if name is None and key.startswith(f"{arch}.") and (key, value) not in _without_effect(arch):
+        if name is None and key.startswith(f"{arch}.") and (key, value) not in _without_effect(arch) and (
+                key not in scaling_keys):
             raise ValueError(f"{path}: {key} = {str(value)[:60]} is not supported")
         if name and config.setdefault(name, value) != value:
             raise ValueError(f"{path}: {key} is {value}, but {name} is {config[name]} elsewhere in it")
@@ -360,10 +391,21 @@ def _open_gguf(path: Path) -> tuple[dict, set[str], Callable[[str], Tensor]]:
         raise ValueError(f"{path}: {arch}.block_count is {config.get('num_hidden_layers')}, but it has {layers} blocks")
     config.setdefault("vocab_size", tensors["token_embd.weight"].shape[0])
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+    config.setdefault("rope_theta", 10000.0)
+    try:
+        config["rope_scaling"] = checked_scaling(_scaling_from_gguf(path, metadata, tensors, config),
+                                                 config["max_position_embeddings"])
+    except (TypeError, KeyError, ArithmeticError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: its RoPE scaling cannot be read: {error!r}") from None
+    if config.get("num_experts"):
+        config |= {"norm_topk_prob": True} if arch == "qwen3moe" else {"model_type": "mixtral"}
+    elif arch == "llama":
+        config = {name: value for name, value in config.items() if name not in ("num_experts", "num_experts_per_tok")}
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     config["tie_word_embeddings"] = "output.weight" not in tensors
     if config.get("sliding_window"):
-        config |= {"model_type": "mistral"} if arch == "llama" else {"use_sliding_window": True, "max_window_layers": 0}
+        mistral = {"model_type": "mixtral" if config.get("num_experts") else "mistral"}
+        config |= mistral if arch == "llama" else {"use_sliding_window": True, "max_window_layers": 0}
     ends = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     config |= {"bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -381,8 +423,7 @@ def _open_gguf(path: Path) -> tuple[dict, set[str], Callable[[str], Tensor]]:
 
 def _without_effect(arch: str) -> list[tuple]:
     return [(f"{arch}.rope.scaling.type", "none"), (f"{arch}.rope.scale_linear", 1.0),
-            (f"{arch}.tensor_data_layout", "Meta AI original pth"), (f"{arch}.expert_count", 0),
-            (f"{arch}.expert_used_count", 0), (f"{arch}.attention.causal", True)]
+            (f"{arch}.tensor_data_layout", "Meta AI original pth"), (f"{arch}.attention.causal", True)]
 
 
 # ----------------------------------------------------------------------------------------------------- GGUF: tokenizers

@@ -45,6 +45,50 @@ class GGUFTensor(NamedTuple):
     data: np.ndarray  # (blocks, bytes per block) uint8, mapped from the file
 
 
+# ------------------------------------------------------------------------------------------------- llama.cpp's own names
+
+GGUF_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GGUF_LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+              "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+              "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
+              "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj",
+              "ffn_down_exps": "mlp.experts.down_proj"}  # the last three: stacks, whose names here lack the .weight
+GGUF_KEYS = {"context_length": "max_position_embeddings", "embedding_length": "hidden_size", "vocab_size": "vocab_size",
+             "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
+             "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+             "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.key_length": "head_dim",
+             "attention.value_length": "head_dim", "rope.dimension_count": "head_dim", "rope.freq_base": "rope_theta",
+             "attention.sliding_window": "sliding_window", "expert_count": "num_experts",
+             "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"}
+# ... behind "llama." or "qwen2." ..., and for what ModelConfig.rope_scaling holds:
+GGUF_SCALING = {"rope.scaling.type": "rope_type", "rope.scaling.factor": "factor",
+                "rope.scaling.original_context_length": "original_max_position_embeddings",
+                "rope.scaling.attn_factor": "attention_factor", "rope.scaling.yarn_beta_fast": "beta_fast",
+                "rope.scaling.yarn_beta_slow": "beta_slow"}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K": 14, "BF16": 32}  # llama.cpp's general.file_type
+
+
+def gguf_name(name: str) -> str:
+    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
+    name = name + ".weight" if ".experts." in name else name
+    stem, _, ending = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{next(short for short, long in GGUF_LAYER.items() if long == part)}.{ending}"
+    return f"{next(short for short, long in GGUF_TENSORS.items() if long == stem)}.{ending}"
+
+
+def hf_name(name: str) -> str:
+    """The inverse of gguf_name; a name that is in neither table stays."""
+    stem, _, ending = name.rpartition(".")
+    if stem.startswith("blk.") and stem.count(".") == 2:
+        _, layer, part = stem.split(".")
+        ending = "" if part.endswith("_exps") else f".{ending}"
+        return f"model.layers.{layer}.{GGUF_LAYER[part]}{ending}" if part in GGUF_LAYER else name
+    return f"{GGUF_TENSORS[stem]}.{ending}" if stem in GGUF_TENSORS else name
+
+
 # ----------------------------------------------------------------------------------------------------------------- read
 
 

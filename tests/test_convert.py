@@ -32,6 +32,17 @@ FAMILIES = {
     "qwen2": dict(attention_bias=True, model_type="qwen2", num_key_value_heads=2),
     "qwen2, window": dict(attention_bias=True, model_type="qwen2", sliding_window=5),
     "qwen3": dict(qk_norm=True, model_type="qwen3", head_dim=16, num_key_value_heads=2, rms_norm_eps=1e-6),
+    "mixtral": dict(num_experts=4, num_key_value_heads=2),
+    "mixtral, window": dict(num_experts=3, num_experts_per_tok=1, sliding_window=7),
+    "qwen3_moe": dict(qk_norm=True, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=32, rms_norm_eps=1e-6),
+    "llama, linear": dict(rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "llama, yarn": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+    "llama, yarn with settings": dict(rope_scaling={
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0, "beta_slow": 2.0,
+        "attention_factor": 1.5}),
+    "llama, llama3": dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                        "original_max_position_embeddings": 32}, rope_theta=500000.0, num_key_value_heads=2),
+    "qwen3, yarn": dict(qk_norm=True, rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}),
 }
 
 
@@ -118,6 +129,7 @@ LLAMA_CPP = """
 import json, sys, urllib.request, xllamacpp
 p = xllamacpp.CommonParams()
 p.model.path, p.n_ctx, p.warmup, p.cpuparams.n_threads = sys.argv[1], 512, False, 1
+p.cache_type_k = p.cache_type_v = p.flash_attn_type = 0  # float32 keys and values, and no rounding of them by fused attention
 server = xllamacpp.Server(p)
 body = {"prompt": json.loads(sys.argv[2]), "n_predict": int(sys.argv[3]), "temperature": 0, "top_k": 1, "ignore_eos": True,
         "return_tokens": True}
@@ -144,12 +156,15 @@ def test_llama_cpp_says_what_the_reference_says(stories, reference, tmp_path):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if "window" not in family])  # it has none in these
 def test_llama_cpp_cuts_texts_and_continues_them_as_we_do(family, tmp_path):
     pattern = {"qwen2": QWEN2_PATTERN, "qwen3": CL100K_PATTERN}.get(family, GPT2_PATTERN)
-    model, tokenizer = tiny(**FAMILIES[family]), BPETokenizer.train(fuzz(), 300, pattern=pattern)
+    model, tokenizer = tiny(initializer_range=0.2, eos_token_id=None, **FAMILIES[family]), BPETokenizer.train(fuzz(), 300, pattern=pattern)
     text = "Once upon a time there's 123 dogs,\n\n  and 中文"
     ids = [tokenizer.bos_token_id, *tokenizer.encode(text)]
     write_model_gguf(tmp_path / "x.gguf", model, tokenizer)
     ours = generate(model, [ids], max_new_tokens=20, temperature=0.0, stop_token_ids=())[0]
     assert said_by_llama_cpp(tmp_path / "x.gguf", text, 20) == [len(ids), ours]
+    if scaling := model.config.rope_scaling:  # and the scaling matters to these 20 tokens
+        plain = tiny(initializer_range=0.2, **FAMILIES[family] | {"rope_scaling": None})
+        assert generate(plain, [ids], max_new_tokens=20, temperature=0.0, stop_token_ids=())[0] != ours, scaling
 
 
 # ---------------------------------------------------------------------------------------------------------------- orders
@@ -194,7 +209,8 @@ def test_gguf_gives_every_family_back_bit_for_bit(family, dtype, tmp_path):
     expected = model.config.to_hf()
     assert {k: v for k, v in back.config.to_hf().items() if k not in ("eos_token_id", "attention_dropout")} == {
         k: v for k, v in expected.items() if k not in ("eos_token_id", "attention_dropout")}
-    assert read_gguf(tmp_path / "x.gguf")[0]["general.architecture"] == family.split(",")[0].replace("mistral", "llama")
+    arch = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(model.config.model_type, model.config.model_type)
+    assert read_gguf(tmp_path / "x.gguf")[0]["general.architecture"] == arch
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K"])
@@ -227,6 +243,51 @@ def test_the_gguf_package_reads_it(tmp_path):
         for key, value in ours[0].items():
             found = reader.get_field(key).contents()
             assert found == value or found == pytest.approx(value), key
+
+
+def test_routers_stay_float32_and_experts_fall_back_by_their_rows(tmp_path):
+    model = tiny(hidden_size=256, intermediate_size=96, num_experts=3, num_key_value_heads=2)
+    write_model_gguf(tmp_path / "x.gguf", model, kind="Q4_K")
+    tensors = read_gguf(tmp_path / "x.gguf")[1]
+    assert tensors["blk.0.ffn_gate_inp.weight"].kind == "F32"
+    assert (tensors["blk.0.ffn_up_exps.weight"].kind, tensors["blk.0.ffn_up_exps.weight"].shape) == ("Q4_K", (3, 96, 256))
+    assert (tensors["blk.0.ffn_down_exps.weight"].kind, tensors["blk.0.ffn_down_exps.weight"].shape) == ("Q8_0", (3, 256, 96))
+
+
+def test_rope_freqs_by_hand(tmp_path):
+    """Llama 3.1: wavelengths beyond 8192 / 1 are stretched eightfold, those below 8192 / 4 stay, between a ramp."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}
+    model = tiny(hidden_size=512, rope_theta=500000.0, rope_scaling=scaling, max_position_embeddings=131072)  # head_dim 128
+    write_model_gguf(tmp_path / "x.gguf", model)
+    metadata, tensors = read_gguf(tmp_path / "x.gguf")
+    found = dequantize(tensors["rope_freqs.weight"])
+    for i, divisor in enumerate(found):
+        wavelength = 2 * np.pi * 500000.0 ** (2 * i / 128)
+        if wavelength < 2048 or wavelength > 8192:
+            assert divisor == pytest.approx(1 if wavelength < 2048 else 8, rel=1e-6)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            assert divisor == pytest.approx(1 / ((1 - smooth) / 8 + smooth), rel=1e-5)
+    assert set(found[:28]) == {1.0} and min(found[-20:]) == 8.0
+    del metadata["glassbox.rope_scaling"]  # as other programs write it
+    write_gguf(tmp_path / "y.gguf", metadata, {n: (t.kind, t.shape, lambda t=t: dequantize(t)) for n, t in tensors.items()})
+    assert load_pretrained(tmp_path / "y.gguf").config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize("shape, complaint", [
+    (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "has no counterpart in llama.cpp's 'llama'"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "truncate": False}), "has no counterpart"),
+    (dict(qk_norm=True, rope_scaling={"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+     "no counterpart in llama.cpp's 'qwen3'"),
+    (dict(qk_norm=True, num_experts=4, norm_topk_prob=False), "the model has norm_topk_prob=False"),
+    (dict(qk_norm=True, num_experts=4, mlp_only_layers=[0]), r"mlp_only_layers=\[0\]"),
+    (dict(position_embedding_type="alibi"), "model_type 'glassbox' is not supported in GGUF"),
+], ids=str)
+def test_models_that_llama_cpp_would_compute_differently_are_refused(shape, complaint, tmp_path):
+    with pytest.raises(ValueError, match=complaint):
+        write_model_gguf(tmp_path / "x.gguf", tiny(**shape))
+    assert not list(tmp_path.iterdir())
 
 
 def test_float64_is_written_as_float32_and_dtype_and_attention_are_taken(tmp_path):
@@ -341,8 +402,12 @@ def damaged(tmp_path, change) -> Path:
     (lambda m, t: t.update({"blk.0.odd.weight": t["output_norm.weight"]}), "unknown tensors: blk.0.odd.weight"),
     (lambda m, t: t.update({"output_norm.weight": t["blk.0.attn_q.weight"]}), r"model.norm.weight is \[32, 32\], but \[32\] by"),
     (lambda m, t: m.update({"llama.block_count": 1 << 31}), "block_count is 2147483648, but it has 2 blocks"),
-    (lambda m, t: m.update({"llama.expert_count": 8}), "llama.expert_count = 8 is not supported"),
-    (lambda m, t: m.update({"llama.rope.scaling.type": "longrope"}), "llama.rope.scaling.type = longrope is not supported"),
+    (lambda m, t: m.update({"llama.expert_count": 8, "llama.expert_used_count": 2}), "missing tensors: model.layers.0.mlp.exp"),
+    (lambda m, t: m.update({"llama.expert_weights_scale": 2.5}), "llama.expert_weights_scale = 2.5 is not supported"),
+    (lambda m, t: m.update({"llama.rope.scaling.type": "longrope"}), "rope scaling 'longrope' is not supported; supported"),
+    (lambda m, t: m.update({"llama.rope.scaling.type": "linear"}), "rope scaling 'linear': factor is None"),
+    (lambda m, t: m.update({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": "x"}), "factor is 'x'"),
+    (lambda m, t: t.update({"rope_freqs.weight": t["blk.0.attn_norm.weight"]}), "rope_freqs.weight is not the llama3 scaling"),
     (lambda m, t: m.update({"llama.attention.value_length": 4}), "llama.attention.value_length is 4, but head_dim is 8"),
     (lambda m, t: m.update({"llama.feed_forward_length": [96, 96]}), "no model can be built from its header"),
     (lambda m, t: m.pop("llama.embedding_length"), "hidden_size must be given"),

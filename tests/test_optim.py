@@ -43,7 +43,7 @@ def test_adamw_equals_torch():
 @pytest.mark.parametrize("settings", [dict(), dict(d=2.0, eps=(1e-4, 0.5), beta2_decay=-0.5, weight_decay=0.3)])
 def test_adafactor_equals_torch(settings):
     ours, theirs = lambda ps: optim.Adafactor(ps, **settings), lambda ps: torch.optim.Adafactor(ps, **settings)
-    assert_same_path(ours, theirs, SHAPES + [(2, 4, 3)])  # a stack of matrices is factored matrix by matrix
+    assert_same_path(ours, theirs)  # not for stacks of matrices, which torch clips as one: see test_moe.py
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
