@@ -92,7 +92,11 @@ def load_pretrained_tokenizer(path) -> Tokenizer | None:
     path = Path(path)
     if path.is_dir():
         try:
-            return load_tokenizer(find_checkpoint(path))
+            tokenizer, pieces = load_tokenizer(folder := find_checkpoint(path)), folder / "tokenizer.model"
+            if pieces.is_file() and (same := load_tokenizer(pieces)).vocab_size == tokenizer.vocab_size:
+                same.chat_template = tokenizer.chat_template
+                return same  # tokenizer.json tells the same pieces, but not their scores
+            return tokenizer
         except FileNotFoundError:
             return None
     if _kind_of(path) == "gguf":
