@@ -1,1 +1,204 @@
-"""Training on many devices: a process mesh, and one file for each way to split the work, over torch.distributed alone."""
+"""Training on many devices: the one place where the strategies of this folder meet, in the order that they need.
+
+    mesh = Mesh(tp=2, pp=2)                                       # under torchrun, after dist.init_process_group
+    run = parallelize(model, mesh, optimizer_of, zero=1)          # optimizer_of(named_parameters) -> optimizer
+    while training:
+        counted = run.count(labels of this rank's microbatches)   # over the global batch
+        loss = run.backward(micro_batches, counted)
+        norm = run.clip_grad_norm(1.0)
+        if norm.isfinite(): run.step()                            # the same on all ranks
+        run.zero_grad()
+
+1. tensor parallel     cuts matrices; the loss then takes slices of the vocabulary
+2. context parallel    lets attention see the other ranks' part of the sequence
+3. expert parallel     shares out experts
+4. pipeline            takes out the layers of other stages: after this the model has holes, before it none is missed
+5. optimizer           over what is left on this rank
+6. data parallel       DDP, ZeRO-1 or 2, or ZeRO-3, around what the others have made of the parameters
+
+All ranks build the whole model first, alike; the mesh with one process leaves it as it is. Imports are late, as the files
+of this folder do not know each other.
+"""
+
+from contextlib import nullcontext
+
+
+def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = False, sequence_parallel: bool = False,
+                cp_method: str = "zigzag", pp_schedule: str = "1f1b", pp_chunks: int = 2, autocast=None, own_loss=None,
+                device=None):
+    """Cut a CausalLM for this rank of the mesh -> Run. ValueError, before anything is cut: what does not go together.
+
+    autocast: a dtype for forward, None for the parameters' own. own_loss(stage) -> scalar or None: added to the loss
+    after a forward (the routers' balance). offload: ZeRO's part of weights and state stays in the CPU's memory.
+    """
+    from parallel.context import context_parallel
+    from parallel.expert import expert_parallel
+    from parallel.tensor import tensor_parallel
+
+    pp, data = mesh.size("pp"), mesh.group("dp", "cp")
+    chunks = pp_chunks if pp_schedule == "interleaved" and pp > 1 else 1
+    if zero == 3 and pp > 1:
+        raise ValueError("--zero 3 would gather every layer for each microbatch of a pipeline: take --zero 1 with --pp")
+    if zero == 3 and mesh.size("ep") > 1:
+        raise ValueError("--zero 3 gathers whole layers, --ep has cut them: take --zero 1 or 2 with --ep")
+    if offload and not zero:
+        raise ValueError("--offload moves ZeRO's part of the state: it needs --zero 1, 2 or 3")
+    if pp * chunks > model.config.num_hidden_layers:
+        raise ValueError(f"--pp {pp} with {chunks} chunks makes {pp * chunks} stages of {model.config.num_hidden_layers} "
+                         f"layers; at most {model.config.num_hidden_layers // chunks} would do")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tensor_parallel(model, mesh.group("tp"), sequence_parallel)
+    context_parallel(model, mesh.group("cp"), cp_method)
+    expert_parallel(model, mesh.group("ep"))
+    stages = {0: model}
+    if pp > 1:
+        from parallel.pipeline import cut
+        stages = cut(model, mesh.rank("pp"), pp, chunks)
+    if device is not None and zero != 3:
+        for stage in stages.values():
+            stage.to(device)
+    named = {}  # the chunks of a rank have different layers, and may share none
+    for stage in stages.values():
+        named |= dict(stage.named_parameters())
+    optimizer = optimizer_of(list(named.items()))
+
+    def is_expert(p) -> bool:
+        return "ep" in getattr(p, "placement", {}).get("shard", {})
+
+    def group_of(p):
+        return mesh.group("edp", "cp") if is_expert(p) else data
+
+    def axes_of(p):
+        return ("edp", "cp") if is_expert(p) else ("dp", "cp")
+
+    if zero == 3:
+        from parallel.fsdp import FSDP, units
+        sync = FSDP(units(model), data, offload=offload, device=device, dtype=autocast)
+        sync.shard(optimizer)
+    elif zero:
+        from parallel.grads import finalize
+        from parallel.zero import Zero
+        records = [getattr(p, "placement", {}) for p in named.values()]
+        joined = any("tied" in record or record.get("partial") for record in records)
+        before = (lambda: finalize(named.values(), mesh)) if joined else None
+        sync = Zero(named.values(), optimizer, group_of, zero, axes=axes_of, overlap=pp == 1, before=before, offload=offload)
+    else:
+        from parallel.ddp import DDP
+        sync = DDP(named.values(), group_of, overlap=pp == 1)
+    return Run(mesh, stages, named, shapes, optimizer, sync, zero, (pp_schedule, chunks), cp_method, autocast, own_loss)
+
+
+class Run:
+    """A model in parts, and the steps of training it; each method is called by all ranks."""
+
+    def __init__(self, mesh, stages, named, shapes, optimizer, sync, zero, schedule, cp_method, autocast, own_loss):
+        self.mesh, self.stages, self.named, self.shapes = mesh, stages, named, shapes
+        self.optimizer, self.sync, self.zero = optimizer, sync, zero
+        self.schedule, self.cp_method, self.own_loss = schedule, cp_method, own_loss
+        self.config = next(iter(stages.values())).config
+        self.autocast = autocast if zero != 3 else None  # ZeRO-3 gathers weights in that dtype already
+
+    def count(self, labels) -> int:
+        """Counted tokens of the global batch, from the labels (each (B, S)) of this data-parallel rank's microbatches."""
+        from parallel.grads import total
+        mine = sum(int((y != -100).sum()) for y in labels)
+        return int(total(mine, self.mesh.group("dp"), device=self._device()))
+
+    def backward(self, micro_batches, counted: int):
+        """Forward and backward of [(input_ids (B, S), labels (B, S), cu_seqlens or None)], the same on all ranks that
+        have the same place along dp -> loss of the global batch, float64 0-d, the same on all ranks."""
+        from parallel.context import split_batch
+        from parallel.grads import finalize, total
+        inputs = [split_batch(ids, labels, self.mesh.group("cp"), self.cp_method, cu_seqlens)
+                  for ids, labels, cu_seqlens in micro_batches]
+        if self.mesh.size("pp") > 1:
+            with self.sync.microbatch(last=True):
+                loss = self._pipeline(self.schedule[0], inputs, counted)
+        else:
+            loss = 0.0
+            for k, (arguments, labels) in enumerate(inputs):
+                with self.sync.microbatch(last=k + 1 == len(inputs)):
+                    part = self._loss(self._forward(self.stages[0], arguments), labels, counted)
+                    own = self.own_loss(self.stages[0]) if self.own_loss else None
+                    part = part if own is None else part + own
+                    part.backward()
+                loss += part.detach().double()
+        if self.zero == 3:
+            finalize(self.sync.parameters(), self.mesh)  # pieces lie alike on all ranks of tp
+        elif self.zero == 0:
+            finalize(self.named.values(), self.mesh)
+        return total(loss, self.mesh.group("dp", "cp"), device=self._device())
+
+    def evaluate(self, micro_batches):
+        """-> nats summed over all counted tokens of [(input_ids, labels, cu_seqlens)], over the data axes too."""
+        import torch
+        from parallel.context import split_batch
+        from parallel.grads import total
+        inputs = [split_batch(ids, labels, self.mesh.group("cp"), self.cp_method, cu) for ids, labels, cu in micro_batches]
+        with torch.no_grad():
+            if self.mesh.size("pp") > 1:
+                nats = self._pipeline("forward", inputs, 1)
+            else:
+                nats = sum(self._loss(self._forward(self.stages[0], x), labels, 1).double() for x, labels in inputs)
+        return total(nats, self.mesh.group("dp", "cp"), device=self._device())
+
+    def clip_grad_norm(self, max_norm: float):
+        """The whole model's gradient norm before clipping, float64 0-d, the same on all ranks."""
+        from parallel.grads import clip_grad_norm
+        return clip_grad_norm(self.sync.parameters() if self.zero else self.named.values(), self.mesh, max_norm)
+
+    def step(self) -> None:
+        (self.sync if self.zero in (1, 2) else self.optimizer).step()
+
+    def zero_grad(self) -> None:
+        (self.sync if self.zero else self.optimizer).zero_grad()
+
+    def state(self) -> dict:
+        """{name: whole parameter} on every rank, as one process has them: cut ones joined, padding dropped."""
+        import torch
+        import torch.distributed as dist
+        with self.sync.gathered() if self.zero == 3 else nullcontext():
+            found = {name: self._whole(p) for name, p in self.named.items()}
+        group, names = self.mesh.group("pp"), sorted(self.shapes)
+        if group is not None:
+            here = torch.tensor([name in found for name in names], dtype=torch.int64, device=self._device())
+            first = here * (self.mesh.size("pp") - self.mesh.rank("pp"))  # of the stages that have it, the first sends
+            dist.all_reduce(first, dist.ReduceOp.MAX, group=group)
+            sample = next(iter(found.values()))
+            for name, place in zip(names, first.tolist()):
+                tensor = found[name].contiguous() if name in found else sample.new_empty(self.shapes[name])
+                dist.broadcast(tensor, group=group, group_src=self.mesh.size("pp") - place)
+                found[name] = tensor
+        return {name: found[name] for name in self.shapes}
+
+    def _whole(self, p):
+        import torch
+        import torch.distributed as dist
+        tensor, placement = p.detach().clone(), getattr(p, "placement", {})
+        for axis, dim in placement.get("shard", {}).items():
+            parts = [torch.empty_like(tensor) for _ in range(self.mesh.size(axis))]
+            dist.all_gather(parts, tensor.contiguous(), group=self.mesh.group(axis))
+            tensor = torch.cat(parts, dim).narrow(dim, 0, placement["global_shape"][dim])
+        return tensor
+
+    def _forward(self, stage, arguments):
+        import torch
+        with torch.autocast(self._device().type, self.autocast) if self.autocast else nullcontext():
+            return stage(**arguments)
+
+    def _loss(self, logits, labels, counted: int):
+        from parallel.tensor import vocab_parallel_cross_entropy
+        nats = vocab_parallel_cross_entropy(logits, labels, self.mesh.group("tp"), self.config.vocab_size)
+        return nats.sum() / max(counted, 1)
+
+    def _pipeline(self, name: str, inputs: list, counted: int):
+        import torch
+        from parallel.pipeline import execute
+        from parallel.schedules import plan
+        with torch.autocast(self._device().type, self.autocast) if self.autocast else nullcontext():
+            loss, _ = execute(plan(name, self.mesh.size("pp"), len(inputs), self.schedule[1]), self.stages, inputs,
+                              lambda logits, labels: self._loss(logits, labels, counted), self.mesh.group("pp"), self.own_loss)
+        return loss
+
+    def _device(self):
+        return self.sync.units[0].flat.device if self.zero == 3 else next(iter(self.named.values())).device

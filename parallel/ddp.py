@@ -43,15 +43,15 @@ def reduce_gradients(parameters, group) -> None:
 class Bucket:
     """Parameters whose gradients travel together, in one flat buffer."""
 
-    def __init__(self, parameters: list[Tensor]):
-        self.parameters = parameters
+    def __init__(self, parameters: list[Tensor], group):
+        self.parameters, self.group = parameters, group
         self.buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype,
                                   device=parameters[0].device)
         parts = self.buffer.split([p.numel() for p in parameters])
         self.views = [part.view_as(p) for part, p in zip(parts, parameters)]
         self.work, self.missing = None, len(parameters)
 
-    def launch(self, group) -> None:
+    def launch(self) -> None:
         """Begin to sum this bucket. A parameter that was not used here counts zeros: another rank may have used it."""
         for p, view in zip(self.parameters, self.views):
             if p.grad is None:
@@ -59,12 +59,13 @@ class Bucket:
             elif p.grad is not view:
                 view.copy_(p.grad)
             p.grad = view  # what the optimizer sees is the buffer: nothing is copied back
-        self.work = dist.all_reduce(self.buffer, group=group, async_op=True)  # SUM
+        self.work = dist.all_reduce(self.buffer, group=self.group, async_op=True)  # SUM
 
 
 class DDP:
     """Sums the gradients of `parameters` over `group` (None: one process, nothing to do), overlapping with backward.
 
+    group may be a function from a parameter to its group: experts, cut along a part of dp, have another.
     bucket_bytes: a bucket is closed when it has that many. overlap=False launches all buckets at the end, as is right
     under a pipeline, where each microbatch's backward makes every gradient.
 
@@ -73,18 +74,16 @@ class DDP:
     """
 
     def __init__(self, parameters, group, bucket_bytes: int = 25 * 2**20, overlap: bool = True):
-        self.group, self.buckets, self.hooks = group, [], []
+        self.buckets, self.hooks = [], []
         self.active, self.next = False, 0  # whether hooks launch buckets, and the next one to launch
-        if group is None:
-            return
-        full: list[Tensor] = []
+        filling: dict = {}  # kind of parameter -> those of the bucket that is being filled
         for p in reversed([p for p in parameters if p.requires_grad]):
-            alike = not full or (full[0].dtype, full[0].device) == (p.dtype, p.device)
-            if full and (not alike or sum(q.numel() * q.element_size() for q in full) >= bucket_bytes):
-                self.buckets.append(Bucket(full))
-                full = []
-            full.append(p)
-        self.buckets += [Bucket(full)] if full else []
+            kind = group(p) if callable(group) else group, p.dtype, p.device
+            if kind[0] is not None:
+                filling.setdefault(kind, []).append(p)
+                if sum(q.numel() * q.element_size() for q in filling[kind]) >= bucket_bytes:
+                    self.buckets.append(Bucket(filling.pop(kind), kind[0]))
+        self.buckets += [Bucket(members, kind[0]) for kind, members in filling.items()]
         for bucket in self.buckets if overlap else []:
             for p in bucket.parameters:
                 self.hooks.append(p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._ready(bucket)))
@@ -97,13 +96,13 @@ class DDP:
         # In the order of the list on every rank, or two ranks would sum different buckets with each other. So a bucket
         # waits for the ones before it, and if one of those misses a gradient, for the end of backward.
         while self.next < len(self.buckets) and self.buckets[self.next].missing <= 0:
-            self.buckets[self.next].launch(self.group)
+            self.buckets[self.next].launch()
             self.next += 1
 
     @contextmanager
     def microbatch(self, last: bool = True):
         """Around forward and backward of a microbatch; after the last one, every p.grad is the sum over all ranks."""
-        if last and self.group is not None:
+        if last:
             self.active, self.next = True, 0
             for bucket in self.buckets:
                 bucket.missing = len(bucket.parameters)
@@ -111,9 +110,9 @@ class DDP:
             yield
         finally:
             self.active = False
-        if last and self.group is not None:
+        if last:
             for bucket in self.buckets[self.next:]:  # some rank did not use some parameter, or nothing overlaps
-                bucket.launch(self.group)
+                bucket.launch()
             for bucket in self.buckets:
                 bucket.work.wait()
 
