@@ -263,7 +263,7 @@ def evaluate_chat(args: Args, model: CausalLM, tokenizer) -> dict:
 
 def scored(args: Args, model: CausalLM, pairs: list[Pair]) -> Iterator[tuple[int, tuple[float, bool]]]:
     """data.likelihood.likelihoods of pairs that are made to fit the model's context, under args."""
-    weight, size = next(model.parameters()), context_of(args, model)
+    weight, size = next(model.parameters()), args.seq_len or model.config.max_position_embeddings
     fitted = [fit(*pair, size) for pair in pairs]
     if cut := sum(len(a[0]) < len(b[0]) for a, b in zip(fitted, pairs)):
         tell(f"note: {cut} of {len(pairs)} contexts are too long for {size} tokens: cut at their beginning")
@@ -273,8 +273,8 @@ def scored(args: Args, model: CausalLM, pairs: list[Pair]) -> Iterator[tuple[int
 
 def likelihood_records(args: Args, model: CausalLM, tokenizer, kind: str, todo: dict[int, Item]) -> Iterator:
     """(place, record) of each question that is scored by likelihood, as they come."""
-    size, begin, prefix = context_of(args, model), first_token(tokenizer), prefix_ids(args, tokenizer)
-    pairs, owners = [], []
+    size = args.seq_len or model.config.max_position_embeddings
+    begin, prefix, pairs, owners = first_token(tokenizer), prefix_ids(args, tokenizer), [], []
     for place, item in todo.items():
         try:
             asked = []
@@ -299,9 +299,10 @@ def likelihood_records(args: Args, model: CausalLM, tokenizer, kind: str, todo: 
 
 def text_records(args: Args, model: CausalLM, tokenizer, name: str, todo: dict[int, Item]) -> Iterator:
     """(place, record) of each question that is answered in text, as they come."""
-    benchmark, size = BENCHMARKS[name], context_of(args, model)
+    benchmark, size = BENCHMARKS[name], args.seq_len or model.config.max_position_embeddings
     new = min(args.max_new_tokens or benchmark.max_new_tokens, size // 2)
-    prompts = {place: [*prefix_ids(args, tokenizer), *tokenizer.encode(item.contexts[0])] for place, item in todo.items()}
+    prefix = prefix_ids(args, tokenizer)
+    prompts = {place: [*prefix, *tokenizer.encode(item.contexts[0])] for place, item in todo.items()}
     if cut := sum(len(ids) > size - new for ids in prompts.values()):
         tell(f"note: {cut} of {len(prompts)} prompts leave no room for {new} tokens of {size}: cut at their beginning")
     order, step = sorted(todo, key=lambda place: len(prompts[place])), max(1, args.batch_size // args.num_samples)
@@ -351,10 +352,6 @@ def prefix_ids(args: Args, tokenizer) -> list[int]:
     return tokenizer.prefix_ids if args.add_bos_token is None else [first_token(tokenizer)] * args.add_bos_token
 
 
-def context_of(args: Args, model: CausalLM) -> int:
-    return args.seq_len or model.config.max_position_embeddings
-
-
 def evaluate_benchmarks(args: Args, model: CausalLM, tokenizer, partial: Path | None) -> tuple[dict, dict]:
     """({benchmark: figures}, {benchmark: records}) for --benchmarks; the records are kept in `partial` on the way."""
     benchmarks = {name: read_benchmark(name, path, shots=args.num_fewshot, limit=args.limit,
@@ -374,8 +371,8 @@ def evaluate_benchmarks(args: Args, model: CausalLM, tokenizer, partial: Path | 
         answered = (text_records(args, model, tokenizer, name, todo) if kind in ("gsm8k", "math", "code") else
                     likelihood_records(args, model, tokenizer, kind, todo))
         for place, record in progress(answered, name, len(todo)):
-            where, group = items[place].where, items[place].group
-            done[name][place] = {"benchmark": name, "question": place, "where": where, "group": group} | record
+            done[name][place] = {"benchmark": name, "question": place, "where": items[place].where,
+                                 "group": items[place].group} | record
             if partial:
                 append_row(partial, done[name][place])
         records[name] = [done[name][i] for i in range(len(items))]
@@ -437,12 +434,9 @@ def fingerprint(model: str) -> str:
     """Changes when the model's files do: a hash of their names, sizes, first and last MiB."""
     path, parts = Path(model), []
     for file in sorted(find_checkpoint(path).iterdir()) if path.is_dir() else [path]:
-        if file.suffix in (".json", ".model", ".safetensors", ".gguf", ".bin"):
-            with open(file, "rb") as stream:
-                size = stream.seek(0, 2)
-                for place in (0, max(0, size - (1 << 20))):
-                    stream.seek(place)
-                    parts.append(f"{file.name} {size} {digest(stream.read(1 << 20))}")
+        if file.suffix in (".json", ".model", ".safetensors", ".gguf", ".bin") and file.stat().st_size:
+            data = np.memmap(file, np.uint8, mode="r")
+            parts.append(f"{file.name} {len(data)} {digest(bytes(data[: 1 << 20]) + bytes(data[-(1 << 20) :]))}")
     return digest("\n".join(parts).encode())
 
 

@@ -100,7 +100,7 @@ def swapped_positions(first_wins: Sequence[tuple[float, float]]) -> dict[str, fl
 
     first_wins: 1 where the judge preferred the answer shown first, 0 the second, 0.5 neither. A's score on a pair is
     the mean of its two games, so a judge that always takes the first answer gives exactly 0.5. "consistent": share of
-    the pairs where both games name the same winner; "first": how often the first answer won, without such a bias 0.5."""
+    the pairs where both games name the same winner; "first": how often the first answer won; 0.5 is no bias."""
     scores = [(a + 1 - b) / 2 for a, b in first_wins]
     win_rate, error = mean_and_error(scores)
     return {"pairs": len(scores), "win_rate": win_rate, "win_rate_stderr": error,

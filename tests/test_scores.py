@@ -148,11 +148,11 @@ def test_math_normal_form_is_never_narrower_than_hendrycks(shared_data):
     """What the harness's string comparison of Hendrycks et al. takes for equal is equal here, too."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     source = Path(lm_eval.__file__).with_name("tasks") / "hendrycks_math" / "utils.py"
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    scope = {}
-    body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name not in ("process_docs", "process_results")]
-    with warnings.catch_warnings():  # it spells a percent sign \%
+    scope, left_out = {}, ("process_docs", "process_results")
+    with warnings.catch_warnings():  # it has an unknown escape
         warnings.simplefilter("ignore")
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name not in left_out]
         exec(compile(ast.Module(body, []), str(source), "exec"), scope)
     answers = [last_boxed(item.target) for item in
                read_benchmark("math", shared_data / "core_eval/symbolic_problem_solving/math.jsonl", shots=0, limit=600)]
@@ -213,8 +213,8 @@ def test_bleu_equals_sacrebleu():
         assert words_13a(sentence) == tokenizer(sentence).split()
     for _ in range(60):
         n, k = rng.randrange(1, 5), rng.randrange(1, 4)
-        mix = lambda: " ".join(rng.sample((rng.choice(SENTENCES) + " " + rng.choice(SENTENCES)).split(" "), 3)  # noqa: E731
-                               if rng.random() < 0.3 else [rng.choice(SENTENCES), rng.choice(SENTENCES)])
+        shuffled = lambda text: " ".join(rng.sample(text.split(" "), len(text.split(" "))))  # noqa: E731
+        mix = lambda: f"{rng.choice(SENTENCES)} {shuffled(rng.choice(SENTENCES))}"  # noqa: E731
         texts, references = [mix() for _ in range(n)], [[mix() for _ in range(k)] for _ in range(n)]
         theirs = sacrebleu.corpus_bleu(texts, [list(column) for column in zip(*references)]).score
         assert bleu(texts, references) == pytest.approx(theirs, abs=1e-9)
@@ -298,7 +298,7 @@ def test_grid_of_a_reader_that_sees_the_last_half():
     assert all(len(prompt) == cell.length for cell in cells for prompt in cell.prompts)
     for cell in cells:
         place = cell.prompts[0].index(cell.answers[0] + ".")  # 6 words before it are the needle's, too
-        assert place == {0: 6, 100: cell.length - 8}.get(cell.depth, place)
+        assert place == {0: 6, 100: cell.length - 7}.get(cell.depth, place)
         assert cell.depth != 50 or cell.prompts[0][place - 7] == "."  # moved back to a sentence's end
     found = {(cell.length, cell.depth): share_found(cell.answers, [reader(55)(prompt) for prompt in cell.prompts])
              for cell in cells}
