@@ -459,7 +459,7 @@ class Int4Linear(QuantizedLinear):
         N, K = weight.shape
         _check(bits in (2, 3, 4), "bits", "2, 3 or 4", bits)
         _check(not group_size or group_size > 0 and group_size % 32 == 0, "group_size", "a multiple of 32", group_size)
-        self.bits, self.group_size = bits, group_size or K + -K % 32
+        self.bits, self.group_size = bits, min(group_size or K, K) + -min(group_size or K, K) % 32
         q = quantize_affine(weight, bits, symmetric, "group", self.group_size, scale_dtype=torch.float16)
         middle = 2 ** (bits - 1)  # of symmetric codes: the place of 0
         codes, zero = (q.codes + middle, torch.full_like(q.scale, middle)) if symmetric else (q.codes, q.zero)
