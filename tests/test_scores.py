@@ -154,8 +154,8 @@ def test_math_normal_form_is_never_narrower_than_hendrycks(shared_data):
         tree = ast.parse(source.read_text(encoding="utf-8"))
         body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name not in left_out]
         exec(compile(ast.Module(body, []), str(source), "exec"), scope)
-    answers = [last_boxed(item.target) for item in
-               read_benchmark("math", shared_data / "core_eval/symbolic_problem_solving/math.jsonl", shots=0, limit=600)]
+    path = shared_data / "core_eval" / "symbolic_problem_solving" / "math.jsonl"
+    answers = [last_boxed(item.target) for item in read_benchmark("math", path, shots=0, limit=600)]
     by_form = {}
     for answer in answers:
         by_form.setdefault(scope["strip_string"](answer), []).append(answer)
