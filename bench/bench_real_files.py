@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 from bench.results_io import write_results  # noqa: E402
 from metrics import read_rows  # noqa: E402
 
-SETS = {  # files: (updates of SFT, of DPO or 0, held-out share)
-    "rasbt_instruction/instruction-data.json": (200, 0, 0.1),  # Alpaca
-    "self_instruct/seed_tasks.jsonl": (60, 0, 0.1),  # instruction and instances
-    "rasbt_instruction/instruction-data-with-preference.json": (200, 150, 0.1),  # instruction, chosen, rejected
-    "llamafactory_pref/dpo_en_demo.json llamafactory_pref/dpo_zh_demo.json": (60, 40, 0.3),  # ShareGPT, chosen, rejected
-    "hh_rlhf/test.jsonl.gz": (200, 100, 0.1),  # transcripts, compressed
+SETS = {  # files: (updates of SFT, of DPO or 0, learning rate of DPO, held-out share)
+    "rasbt_instruction/instruction-data.json": (200, 0, 0.0, 0.1),  # Alpaca
+    "self_instruct/seed_tasks.jsonl": (60, 0, 0.0, 0.1),  # instruction and instances
+    "rasbt_instruction/instruction-data-with-preference.json": (200, 150, 1e-4, 0.1),  # instruction, chosen, rejected
+    "llamafactory_pref/dpo_en_demo.json llamafactory_pref/dpo_zh_demo.json": (60, 60, 3e-4, 0.3),  # ShareGPT pairs
+    "hh_rlhf/test.jsonl.gz": (200, 100, 1e-4, 0.1),  # transcripts, compressed
 }
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     rows, data = [], Path(args.data).resolve()
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (name, (sft_steps, dpo_steps, val_fraction)) in enumerate(SETS.items()):
+        for number, (name, (sft_steps, dpo_steps, lr, val_fraction)) in enumerate(SETS.items()):
             sft, dpo = f"{scratch}/sft{number}", f"{scratch}/dpo{number}"
             files = " ".join(str(data / file) for file in name.split())
             common = f"--data {files} --val_fraction {val_fraction} --save_every 0 --log_every 50"
@@ -57,7 +57,7 @@ def main() -> None:
             rows.append({"file": name, "stage": "SFT", "steps": sft_steps, "loss_before": before["loss"],
                          "loss_after": after["loss"]})
             if dpo_steps:
-                before, after = train(f"train_dpo.py --model {sft} --out {dpo} --loss_type sigmoid_norm --beta 5 --lr 1e-4 "
+                before, after = train(f"train_dpo.py --model {sft} --out {dpo} --loss_type sigmoid_norm --beta 5 --lr {lr} "
                                       f"--max_steps {dpo_steps} --eval_every {dpo_steps} {common}")
                 rows.append({"file": name, "stage": "DPO", "steps": dpo_steps, "loss_before": before["loss"],
                              "loss_after": after["loss"], "accuracy_before": before["preference_accuracy"],
