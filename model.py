@@ -267,7 +267,7 @@ def alibi(mask: Tensor | None, positions: Tensor, heads: int, dtype: torch.dtype
     positions (B, S) of the queries; mask as from attention_mask. slope_h = 2^(-8 h / H), h = 1 .. H; if H is no power
     of two, those of the power below, then every other one of the power above."""
     n = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * h / n) for h in range(1, n + 1)] + [2 ** (-4 * h / n) for h in range(1, n + 1, 2)]
+    slopes = [2 ** (-8 * h / n) for h in range(1, n + 1)] + [2 ** (-4 * h / n) for h in range(1, 2 * n + 1, 2)]
     slopes = torch.tensor(slopes[:heads], dtype=dtype, device=positions.device)[:, None, None]
     keys = torch.arange(positions.shape[1] if mask is None else mask.shape[-1], device=positions.device)
     distance = positions[:, None, :, None] - keys  # (B, 1, S, T)
@@ -491,7 +491,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             if self.training and hasattr(layer.mlp, "record"):
                 layer.mlp.record = torch.is_grad_enabled()  # of its router's logits, for moe.router_loss
-            if self.activation_checkpointing != "none" and torch.is_grad_enabled():
+            if self.activation_checkpointing != "none" and torch.is_grad_enabled() and kv_cache is None:
                 x = checkpointed(layer, x, rope, mask, selective=self.activation_checkpointing == "selective")
             else:
                 x = layer(x, rope, mask, kv_cache, slots)

@@ -17,6 +17,19 @@ FAMILIES = {  # each exercises other branches of the forward pass
     "qwen3": dict(qk_norm=True, head_dim=6, num_key_value_heads=2, tie_word_embeddings=True),
 }
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40}
+OPTIONS = {  # what other lengths and other minds add to these; not all of it is in our kernels
+    "linear": dict(rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "dynamic": dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}),
+    "yarn": dict(rope_scaling=YARN, qk_norm=True),
+    "llama3": dict(rope_scaling=LLAMA3, num_key_value_heads=2),
+    "alibi": dict(position_embedding_type="alibi", num_key_value_heads=2),
+    "alibi, window, six heads": dict(position_embedding_type="alibi", sliding_window=6, num_attention_heads=6, head_dim=4),
+    "learned": dict(position_embedding_type="learned"),
+    "capped": dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+}
+
 
 def tiny(attention="sdpa", seed=0, **shape) -> CausalLM:
     config = ModelConfig(**(dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -182,6 +195,181 @@ def test_accumulated_micro_batches_equal_one_batch():
         close(p.grad, gradient)
 
 
+# ---- RoPE for longer texts
+
+
+def frequencies_by_hand(D: int, theta: float, s: dict, L: int) -> tuple[list[float], float]:
+    """One pair after the other, as the papers say it, in Python's floats."""
+    kind, factor, trained, found = s["rope_type"], s["factor"], s["original_max_position_embeddings"], []
+    if kind == "dynamic" and L > trained:  # bloc97's base, for the length at hand
+        theta *= (factor * L / trained - (factor - 1)) ** (D / (D - 2))
+    for i in range(D // 2):
+        f = theta ** (-2 * i / D)
+        turns = trained * f / (2 * math.pi)  # in the trained length
+        if kind == "linear":
+            f /= factor
+        elif kind == "llama3":
+            low, high = s["low_freq_factor"], s["high_freq_factor"]
+            keep = min(1.0, max(0.0, (turns - low) / (high - low)))
+            f = keep * f + (1 - keep) * f / factor
+        elif kind == "yarn":
+            border = [D * math.log(trained / (2 * math.pi * beta)) / (2 * math.log(theta)) for beta in (s.get("beta_fast", 32), s.get("beta_slow", 1))]
+            if s.get("truncate", True):
+                border = [math.floor(border[0]), math.ceil(border[1])]
+            low, high = max(border[0], 0), min(border[1], D - 1)
+            interpolate = min(1.0, max(0.0, (i - low) / (high - low if high != low else 0.001)))
+            f = interpolate * f / factor + (1 - interpolate) * f
+        found.append(f)
+    if kind != "yarn":
+        return found, 1.0
+    if s.get("mscale") and s.get("mscale_all_dim"):
+        usual = (0.1 * s["mscale"] * math.log(factor) + 1) / (0.1 * s["mscale_all_dim"] * math.log(factor) + 1)
+    else:
+        usual = 0.1 * math.log(factor) + 1
+    return found, s.get("attention_factor", usual)
+
+
+SCALED = [  # head_dim, theta, trained and new length as in published models, and odd ones
+    (128, 5e5, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}, 131072),
+    (64, 5e5, {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}, 131072),
+    (128, 1e6, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+    (64, 1e4, {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.707}, 163840),
+    (16, 1e4, {"rope_type": "yarn", "factor": 3.3, "original_max_position_embeddings": 100, "beta_fast": 5.0, "beta_slow": 2.0, "truncate": False}, 330),
+    (16, 1e4, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attention_factor": 1.25}, 128),
+    (8, 1e4, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4}, 8),  # low = high = 0
+    (128, 1e4, {"rope_type": "linear", "factor": 2.5, "original_max_position_embeddings": 4096}, 10240),
+    (128, 1e4, {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 2048}, 2048),
+    (128, 1e4, {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 2048}, 2049),
+    (64, 1e4, {"rope_type": "dynamic", "factor": 3.3, "original_max_position_embeddings": 2048}, 9000),
+]
+
+
+@pytest.mark.parametrize("D, theta, scaling, length", SCALED)
+def test_scaled_frequencies_are_their_papers(D, theta, scaling, length):
+    expected, factor = frequencies_by_hand(D, theta, scaling, length)
+    position_ids = torch.tensor([[0, 1, 7, length - 1]])
+    cos, sin = m.rope_tables(position_ids, D, theta, torch.float64, scaling, torch.tensor([[length]]))
+    angles = position_ids[..., None, None].double() * torch.tensor(expected, dtype=torch.float64)
+    close(cos, factor * angles.cos(), 1e-9)
+    close(sin, factor * angles.sin(), 1e-9)
+
+
+@pytest.mark.parametrize("D, theta, scaling, length", SCALED)
+def test_scaled_tables_equal_those_of_transformers_bit_for_bit(D, theta, scaling, length):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama", reason="transformers is not installed")
+    from transformers import LlamaConfig
+    theirs = dict(scaling)
+    known = theirs.pop("original_max_position_embeddings") if scaling["rope_type"] in ("linear", "dynamic") else length
+    config = LlamaConfig(hidden_size=D, num_attention_heads=1, max_position_embeddings=known, rope_parameters=theirs | {"rope_theta": theta})
+    position_ids = torch.cat((torch.arange(0, length, max(1, length // 999)), torch.tensor([length - 1])))[None]
+    cos, sin = llama.LlamaRotaryEmbedding(config)(torch.zeros(1), position_ids)
+    ours = m.rope_tables(position_ids, D, theta, torch.float32, scaling, torch.tensor([[length]]))
+    for table, theirs in zip(ours, (cos, sin)):
+        assert torch.equal(table[:, :, 0], theirs[..., : D // 2])
+
+
+def test_dynamic_scaling_is_rope_of_a_larger_base_beyond_the_trained_length_only():
+    ids, scaling = tokens(2, 24), OPTIONS["dynamic"]["rope_scaling"]
+    assert torch.equal(tiny(rope_scaling=scaling)(ids[:, :8]), tiny()(ids[:, :8]))
+    grown = 10000.0 * (2.0 * 24 / 8 - 1) ** (8 / 6)  # head_dim 8
+    close(tiny(rope_scaling=scaling)(ids), tiny(rope_theta=grown)(ids))
+
+
+def test_dynamic_scaling_takes_the_length_of_each_document_not_of_the_batch():
+    model, ids = tiny(**OPTIONS["dynamic"]), tokens(1, 40)
+    packed = model(ids, cu_seqlens=torch.tensor([0, 6, 30, 40], dtype=torch.int32))
+    for a, b in ((0, 6), (6, 30), (30, 40)):
+        close(packed[:, a:b], model(ids[:, a:b]))
+
+
+# ---- other positions, capped scores
+
+
+def option(name, attention="sdpa", **more) -> CausalLM:
+    return tiny(attention, **OPTIONS[name], **more)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_agree_eager_sdpa_packed_cached_and_checkpointed(name):
+    model, ids, labels = option(name), tokens(2, 20), tokens(2, 20, seed=1)
+    ends = [0, 3, 4, 17, 20, 29, 40]
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    truth = logits_and_gradients(option(name, "eager"), ids, offsets)
+    for mode in ("none", "selective", "full"):
+        model.model.activation_checkpointing = mode
+        for a, b in zip(logits_and_gradients(model, ids, offsets), truth):
+            close(a, b)
+    for a, b in zip(ends, ends[1:]):
+        close(truth[0].flatten(0, 1)[a:b], model(ids.flatten()[None, a:b])[0])
+    model.eval()
+    length = 8 if name == "dynamic" else 20  # beyond its trained length each call scales by how far it reaches, as in transformers
+    cache = KVCache(model.config, batch=2, max_length=20, dtype=torch.float64)
+    pieces = [model(ids[:, a:b], kv_cache=cache) for a, b in ((0, 5), (5, 6), (6, 8), (8, length)) if a < b]
+    close(torch.cat(pieces, dim=1), model(ids[:, :length]))
+
+
+@pytest.mark.parametrize("name", ["linear", "dynamic", "yarn", "llama3", "learned"])
+def test_scaled_and_learned_positions_pass_through_our_kernels(name):
+    ids, offsets = tokens(2, 24), torch.tensor([0, 7, 24, 31, 48], dtype=torch.int32)
+    for a, b in zip(logits_and_gradients(option(name, "triton", kernels="triton"), ids, offsets),
+                    logits_and_gradients(option(name, "eager"), ids, offsets)):
+        close(a, b, 1e-9 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("heads, expected", [(8, [2.0**-h for h in range(1, 9)]), (2, [2**-4, 2**-8]),
+                                             (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]),
+                                             (12, [2.0**-h for h in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])])
+def test_alibi_slopes_are_those_of_the_paper(heads, expected):
+    bias = m.alibi(None, torch.arange(3)[None], heads, torch.float64)  # (1, H, 3, 3)
+    for h, slope in enumerate(expected):
+        assert bias[0, h, 2].tolist() == pytest.approx([-2 * slope, -slope, 0]) and bias[0, h, 0].tolist() == [0, -math.inf, -math.inf]
+
+
+def test_alibi_slopes_equal_those_of_transformers():
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom", reason="transformers is not installed")
+    for heads in range(1, 40):
+        theirs = bloom.build_alibi_tensor(torch.ones(1, 5), heads, torch.float32)[:, 0]  # (H, 5): slope * position
+        ours = m.alibi(None, torch.arange(5)[None], heads, torch.float32)[0, :, 4]
+        assert torch.allclose(ours, theirs - theirs[:, 4:], atol=1e-6)
+
+
+def test_learned_positions_restart_in_each_document_and_matter():
+    model, ids = option("learned", num_hidden_layers=1), tokens(1, 10)
+    swapped = ids[:, [1, 0, *range(2, 10)]]
+    assert not torch.allclose(model(ids)[0, 9], model(swapped)[0, 9])
+    model.model.embed_positions.weight.data.zero_()
+    close(model(ids)[0, 9], model(swapped)[0, 9])  # without them attention sees a bag of words
+    assert model.model.embed_positions.weight.shape == (64, 32)
+
+
+def test_soft_caps_are_tanh():
+    """With one layer of one head whose scores are known: q = k = sqrt(8) * x for x of one number."""
+    q, k, v = torch.tensor([1.0, 5.0]), torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.0])
+    out = m.eager_attention(*(t.double().view(1, 2, 1, 1) for t in (q, k, v)), None, cap=4.0)
+    a, b = 4 * math.tanh(10 / 4), 4 * math.tanh(-15 / 4)
+    assert out.flatten().tolist() == pytest.approx([1.0, math.exp(a) / (math.exp(a) + math.exp(b))], abs=1e-12)
+    plain, capped = tiny(), tiny(final_logit_softcapping=3.0)
+    close(capped(tokens(1, 9)), 3 * torch.tanh(plain(tokens(1, 9)) / 3))
+    close(capped.lm_head(torch.ones(2, 32).double()), 3 * torch.tanh(plain.lm_head(torch.ones(2, 32).double()) / 3))
+
+
+@pytest.mark.parametrize("name", ["alibi", "learned", "capped"])
+def test_what_no_family_has_is_written_as_our_own_and_never_as_theirs(name):
+    config = option(name).config
+    written = config.to_hf()
+    assert config.model_type == written["model_type"] == "glassbox" and written["architectures"] == ["GlassboxForCausalLM"]
+    assert ModelConfig.from_hf(written) == config
+    with pytest.raises(ValueError, match="model_type 'llama' has no such combination"):
+        ModelConfig.from_hf({k: v for k, v in written.items() if k != "qk_norm"} | {"model_type": "llama"})
+
+
+def test_what_our_kernels_do_not_compute_is_refused():
+    for name in ("alibi", "capped"):
+        for triton in (dict(attention="triton"), dict(kernels="triton")):
+            with pytest.raises(ValueError, match="'triton' know no ALiBi and no soft-capping; choose eager or sdpa, and torch"):
+                option(name, **triton)
+
+
 # ---- the pieces against formulas
 
 
@@ -342,8 +530,23 @@ def test_impossible_shapes_are_refused(change, complaint):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    (dict(model_type="gpt_neox"), "gpt_neox"),
-    (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(model_type="gpt_neox"), "'gpt_neox' is not supported; supported: llama, mistral, qwen2, qwen3, mixtral, qwen3_moe"),
+    (dict(hidden_act="gelu"), "hidden_act = 'gelu' is not supported; it must be 'silu'"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported; it must be 1"),
+    (dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.25}, rope_scaling=None), "partial_rotary_factor = 0.25"),
+    (dict(attention_dropout=1.5), "attention_dropout is 1.5"),
+    (dict(rope_interleaved=True), "rope_interleaved = True"),
+    (dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.1), "router_jitter_noise = 0.1"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=2), "max_window_layers = 2"),
+    (dict(embedding_multiplier=12.0, zeta=1), "config.json: embedding_multiplier, zeta: unknown here, and may change"),
+    (dict(quantization_config={"bits": 4}), "quantization_config: unknown here"),
+    (dict(attn_logit_softcapping=50.0), "model_type 'llama' has no such combination"),
+    (dict(qk_norm=True), "qk_norm: unknown here"),
+    (dict(rope_scaling={"rope_type": "linear"}), "rope scaling 'linear': factor is None; it must be a number, factor >= 1"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 0.5}), "factor is 0.5"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope scaling 'llama3': (low|high)_freq_factor is None"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "beta_fast": 3}), "rope scaling 'linear': beta_fast: unknown here"),
+    (dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}, rope_scaling=None), "rope scaling 'default': full_attention: unknown"),
     (dict(mlp_bias=True), "mlp_bias"),
     (dict(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "rope scaling 'longrope' is not supported; supported: default, linear"),
     (dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]), "layer_types"),
@@ -358,6 +561,43 @@ def test_both_dialects_of_rope_theta_are_read():
     assert ModelConfig.from_hf(config).rope_theta == 12345.0
     config.pop("rope_theta")
     assert ModelConfig.from_hf(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}).rope_theta == 777.0
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_survive_the_way_to_hugging_face_and_back(name):
+    config = option(name).config
+    if name == "dynamic":  # there the file has the trained length, and the config the length it is stretched to
+        config.max_position_embeddings = 16
+        assert config.to_hf()["max_position_embeddings"] == 8
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_rope_scaling_is_read_from_each_dialect():
+    config = {k: v for k, v in tiny().config.to_hf().items() if k not in ("rope_scaling", "rope_theta")}
+    dialects = (dict(rope_theta=5e5, rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+                dict(rope_theta=5e5, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": None}),
+                dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 5e5}),
+                dict(rope_theta=5e5, rope_scaling={"rope_type": "yarn", "factor": 4.0}, original_max_position_embeddings=16),
+                dict(rope_theta=5e5, rope_scaling={"rope_type": "yarn", "original_max_position_embeddings": 16}))  # 64 / 16
+    for dialect in dialects:
+        read = ModelConfig.from_hf(config | dialect)
+        assert read.rope_theta == 5e5
+        assert read.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    for nothing in (None, {}, {"rope_type": "default"}, {"rope_type": "default", "rope_theta": 1e4}):
+        assert ModelConfig.from_hf(config | {"rope_scaling": nothing}).rope_scaling is None
+
+
+def test_experts_are_read_from_both_dialects():
+    config = {k: v for k, v in tiny(num_experts=4, qk_norm=True).config.to_hf().items() if k != "num_experts"}
+    assert ModelConfig.from_hf(config | {"num_experts": 4}) == ModelConfig.from_hf(config | {"num_local_experts": 4})
+    silent = ModelConfig.from_hf({k: v for k, v in config.items() if "expert" not in k and "moe" not in k and k != "norm_topk_prob"})
+    assert (silent.num_experts, silent.num_experts_per_tok, silent.moe_intermediate_size, silent.norm_topk_prob) == (128, 8, 768, False)
+
+
+def test_fields_without_effect_are_passed_over():
+    noise = {"transformers_version": "4.40.0", "use_cache": True, "pretraining_tp": 1, "_name_or_path": "x", "torch_dtype": "bfloat16",
+             "is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "mlp_bias": False}
+    assert ModelConfig.from_hf(tiny().config.to_hf() | noise) == tiny().config
 
 
 def test_what_a_hugging_face_file_leaves_out_has_hugging_face_s_value_not_ours():
