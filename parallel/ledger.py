@@ -177,3 +177,147 @@ def held_by(parameters, optimizer, gradients=None) -> dict[str, int]:
     gradients = [p.grad for p in parameters] if gradients is None else gradients
     states = [t for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t)]
     return {"parameters": held(parameters), "gradients": held(gradients), "optimizer": held(states)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "tp", "pp", "cp")
+B, S, K = 4, 16, 4  # sequences of a data-parallel rank, their length, microbatches
+SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=4)
+
+
+class Row(NamedTuple):
+    what: str
+    formula: str
+    predicted: float
+    measured: float
+
+
+def measure(strategy: str, ranks: int, schedule: str = "1f1b") -> list[Row]:
+    """One step of a tiny model under a strategy, on this rank of an initialised world: what was held and sent."""
+    from model import CausalLM, ModelConfig
+    from optim import AdamW
+    from parallel import parallelize
+    from parallel.mesh import Mesh
+
+    axis = strategy if strategy in ("tp", "pp", "cp") else "dp"
+    mesh, model = Mesh(**{axis: ranks}), CausalLM(ModelConfig(**SHAPE))
+    numel, L, h = sum(p.numel() for p in model.parameters()), SHAPE["num_hidden_layers"], SHAPE["hidden_size"]
+    stage = int(strategy[-1]) if strategy.startswith("zero") else 0
+    run = parallelize(model, mesh, lambda named: AdamW([p for _, p in named]), zero=stage, pp_schedule=schedule)
+    ids = torch.randint(SHAPE["vocab_size"], (B, S))
+    micro_batches = [(x, x, None) for x in ids.chunk(K)]
+    if axis == "dp":
+        rows = _data_parallel(strategy, stage, run, micro_batches, numel, ranks)
+    else:
+        counted = run.count([ids])
+        with Ledger() as ledger:
+            run.backward(micro_batches, counted)
+        activation = B // K * S * h * 4  # bytes of a microbatch's
+        if strategy == "tp":
+            n = K * tensor_parallel_all_reduces(L)
+            rows = [Row("activation all-reduces", "k (4 L + 2)", n, ledger.count("all_reduce", activation)),
+                    Row("bytes sent by them", "2 (n-1)/n each", float(n * ring_bytes("all_reduce", activation, ranks)),
+                        float(sum(e.sent for e in ledger.entries if e.payload >= activation)))]
+        elif strategy == "pp":
+            borders = (mesh.rank("pp") > 0) + (mesh.rank("pp") < ranks - 1)
+            rows = [Row("bytes sent", "m per border", K * activation * borders, float(ledger.sent("send")))]
+        else:
+            hop = 2 * activation // ranks  # keys and values of this rank's tokens; as many bytes are their gradients
+            rows = [Row("bytes sent by attention", "L k (3 c - 2) KV", L * K * (3 * ranks - 2) * hop, float(ledger.sent("send")))]
+    mesh.destroy()
+    return rows
+
+
+def _data_parallel(strategy: str, stage: int, run, micro_batches: list, numel: int, ranks: int) -> list[Row]:
+    """DDP and ZeRO: bytes between the first and second microbatch, where gradients accumulate, and sent in the step."""
+    parameters, sync = list(run.named.values()), run.sync
+    numel += sync.padding if stage else 0  # what the formulas leave out, and the table names
+    with Ledger(live=sync.live if stage == 3 else None) as ledger:
+        for k, (ids, labels, _) in enumerate(micro_batches):
+            with sync.microbatch(last=k + 1 == len(micro_batches)):
+                logits = run.stages[0](ids)
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+            if k == 0:
+                gradients = [p.grad for p in (*parameters, *(sync.parameters() if stage else []))]
+                held_gradients = held(gradients)
+        run.step()
+    states = [t for values in run.optimizer.state.values() for t in values.values()]
+    predicted = state_bytes(numel, ranks, stage)
+    weights = [unit.shard for unit in sync.units] if stage == 3 else parameters
+    shares = ["/n" if stage >= least else "" for least in (3, 2, 1)]
+    sent = ("2", "2", "(k + 1)", "3 k")[stage]
+    rows = [Row("parameters held", f"4 P{shares[0]}", float(predicted["parameters"]), held(weights)),
+            Row("gradients held, accumulating", f"4 P{shares[1]}", float(predicted["gradients"]), held_gradients),
+            Row("optimizer held, all ranks", f"8 P{'' if stage else ' n'}", 8.0 * (numel - (sync.padding if stage else 0))
+                * (1 if stage else ranks), _over_ranks(sum(t.numel() * 4 for t in states))),
+            Row("bytes sent in the step", f"4 {sent} P (n-1)/n",
+                float(4 * data_parallel_elements(numel, ranks, stage, len(micro_batches))), float(ledger.sent()))]
+    if stage == 3:
+        sizes = [4 * unit.flat.numel() for unit in sync.units]
+        pair = max(a + b for a, b in zip(sizes, sizes[1:]))
+        rows.append(Row("weights held at most", "4 P/n + 2 units", held(weights) + pair, ledger.peak))
+    padding = getattr(sync, "padding", 0)
+    return rows + [Row("padding, counted in P above", "< n a bucket or unit", padding, padding)] * (stage > 0)
+
+
+def _over_ranks(number: int) -> int:
+    total = torch.tensor(float(number), dtype=torch.float64)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _serve(rank: int, ranks: int, port: int, strategies: list[str], schedule: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    for strategy in strategies:
+        rows = measure(strategy, ranks, schedule)
+        if rank == 0:
+            print(f"\n{strategy} on {ranks} ranks, {K} microbatches\n  {'on rank 0':30}{'formula':26}{'predicted':>12}"
+                  f"{'measured':>12}{'difference':>12}")
+            for what, formula, predicted, measured in rows:
+                print(f"  {what:30}{formula:26}{predicted:12,.0f}{measured:12,.0f}{measured - predicted:12,.0f}", flush=True)
+    dist.destroy_process_group()
+
+
+def _draw(name: str, p: int, m: int, v: int) -> None:
+    from parallel.schedules import draw, schedule, simulate
+    v = v if name == "interleaved" else 1
+    simulation = simulate(schedule(name, p, m, v))
+    print(draw(simulation))
+    print(f"\n  {'':30}{'predicted':>12}{'simulated':>12}")
+    for what, predicted, simulated in (("slots", pipeline_slots(name, p, m, v), simulation.slots),
+                                       *((f"live at most on rank {r}", pipeline_peak(name, p, m, r, v), n)
+                                         for r, n in enumerate(simulation.peak))):
+        print(f"  {what:30}{predicted:12}{simulated:12}")
+
+
+def main() -> None:
+    import socket
+    import torch.multiprocessing
+
+    parser = argparse.ArgumentParser(description="Count what each strategy holds and sends, beside the formula.")
+    parser.add_argument("--strategy", choices=STRATEGIES, nargs="*", default=list(STRATEGIES))
+    parser.add_argument("--ranks", type=int, default=2, help="gloo processes to start")
+    parser.add_argument("--schedule", choices=("gpipe", "1f1b", "interleaved", "zb"), help="only draw this pipeline schedule")
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--chunks", type=int, default=2, help="of a rank, under interleaved")
+    args = parser.parse_args()
+    try:
+        if args.schedule:
+            return _draw(args.schedule, args.stages, args.microbatches, args.chunks)
+        if args.ranks not in (2, 4):
+            raise ValueError(f"--ranks {args.ranks}: the model of this table has 4 heads and 4 layers; take 2 or 4")
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_serve, (args.ranks, port, args.strategy, "1f1b"), nprocs=args.ranks)
+
+
+if __name__ == "__main__":
+    main()

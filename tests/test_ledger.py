@@ -1,13 +1,16 @@
 """Tests of parallel/ledger.py: each collective counted by the ring's formula, bytes held, formulas at known points."""
 
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from optim import AdamW
-from parallel.ledger import (Ledger, data_parallel_elements, held, held_by, pipeline_peak, pipeline_slots, ring_bytes,
-                             state_bytes, tensor_parallel_all_reduces)
+from parallel.ledger import (STRATEGIES, Ledger, data_parallel_elements, held, held_by, measure, pipeline_peak, pipeline_slots,
+                             ring_bytes, state_bytes, tensor_parallel_all_reduces)
 from processes import run_on
 
 
@@ -117,3 +120,30 @@ def test_an_exception_puts_the_originals_back():
         assert dist.all_reduce is not original
         raise KeyError
     assert dist.all_reduce is original
+
+
+def measured(world, strategy):
+    return [tuple(row) for row in measure(strategy, world)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_table_predicts_every_strategy_exactly(strategy):
+    for rows in run_on(2, measured, strategy):
+        assert len(rows) >= 1 and all(predicted == found > 0 for what, _, predicted, found in rows if "padding" not in what), rows
+
+
+def command(*flags):
+    return subprocess.run([sys.executable, "-m", "parallel.ledger", *flags], capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parents[1])
+
+
+def test_the_command_draws_a_schedule_with_the_formula_beside_the_simulation():
+    lines = command("--schedule", "zb", "--stages", "4", "--microbatches", "8").stdout.splitlines()
+    assert lines[0].split()[:5] == ["rank", "0", "F0", "F1", "F2"]
+    counts = [line.rsplit(maxsplit=2)[1:] for line in lines[6:]]
+    assert counts[0] == ["27", "27"] and all(a == b == "4" for a, b in counts[1:]) and len(counts) == 5
+
+
+def test_an_impossible_number_of_ranks_gives_one_line():
+    run = command("--ranks", "3")
+    assert run.returncode == 2 and run.stderr == "error: --ranks 3: the model of this table has 4 heads and 4 layers; take 2 or 4\n"
