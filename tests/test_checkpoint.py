@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import (find_checkpoint, latest, load_checkpoint, load_model, read_safetensors, read_safetensors_header,
+from checkpoint import (extend_context, find_checkpoint, latest, load_checkpoint, load_model, read_safetensors, read_safetensors_header,
                         read_state, save_checkpoint, save_model, verify, write_safetensors)
 from model import CausalLM, ModelConfig
 from optim import build_optimizer
@@ -28,6 +28,8 @@ SHAPES = {
     "qwen2": dict(attention_bias=True, model_type="qwen2"),
     "qwen2, window, tied": dict(attention_bias=True, model_type="qwen2", sliding_window=5, tie_word_embeddings=True),
     "qwen3": dict(qk_norm=True, model_type="qwen3", head_dim=16),
+    "mixtral": dict(num_experts=4, num_key_value_heads=2),
+    "qwen3_moe": dict(qk_norm=True, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=16, mlp_only_layers=[0]),
 }
 
 
@@ -537,6 +539,67 @@ def test_a_saved_model_comes_back(tmp_path, shape):
     assert torch.equal(half.model.norm.weight, model.model.norm.weight.bfloat16())
 
 
+def test_mapped_weights_are_the_files_and_nothing_is_copied(tmp_path):
+    model = tiny(num_experts=3, qk_norm=True)
+    save_model(tmp_path, model)
+    loaded = load_model(tmp_path, mapped=True)
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+    stacks = {name for name, p in loaded.named_parameters() if p.dim() == 3}
+    storages = {p.untyped_storage().data_ptr() for name, p in loaded.named_parameters() if name not in stacks}
+    assert len(storages) == 1 and len(stacks) == 6, "one mapping for all but the stacks"
+    with torch.no_grad():
+        loaded.lm_head.weight.fill_(1.0)  # private: training a mapped model leaves its folder alone
+    assert same_bits(load_model(tmp_path).lm_head.weight, model.lm_head.weight)
+    assert {p.dtype for p in load_model(tmp_path, mapped=True, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    save_model(tmp_path, model := tiny())
+    tensors = dict(model.named_parameters())
+    (tmp_path / "model.safetensors").unlink()
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    write_safetensors(tmp_path / "b.safetensors", {"lm_head.weight": tensors["lm_head.weight"]})
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {"lm_head.weight": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="lm_head.weight stands in b.safetensors and in a.safetensors"):
+        load_model(tmp_path)
+
+
+def test_pickled_weights_are_refused_and_told_how_to_convert(tmp_path):
+    save_model(tmp_path, tiny())
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is pickle, .* not read: .*save_pretrained.folder, safe_serialization=True") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_context_is_extended_by_a_factor_of_the_lengths(tmp_path, kind):
+    save_model(tmp_path, tiny(max_position_embeddings=16))
+    for loaded in (load_model(tmp_path, seq_len=16), load_model(tmp_path, seq_len=9, rope_scaling=kind)):
+        assert loaded.config.rope_scaling is None and loaded.config.max_position_embeddings == 16  # nothing to extend
+    long = load_model(tmp_path, seq_len=40, rope_scaling=kind)
+    assert long.config.rope_scaling == {"rope_type": kind, "factor": 2.5, "original_max_position_embeddings": 16}
+    assert long.config.max_position_embeddings == 40 and long.model.layers[0].self_attn.config is long.config
+    (tmp_path / "long").mkdir()
+    save_model(tmp_path / "long", long)
+    again = load_model(tmp_path / "long", seq_len=40)
+    assert again.config == long.config and torch.equal(again(torch.arange(30)[None]), long(torch.arange(30)[None]))
+    with pytest.raises(ValueError, match=f"--seq_len 41: the model knows 40 positions, scaled by {kind} already"):
+        load_model(tmp_path / "long", seq_len=41, rope_scaling="yarn")
+
+
+def test_a_context_that_cannot_be_extended_says_so(tmp_path):
+    config = tiny(max_position_embeddings=16).config
+    for kind, but in ((None, "stretch them$"), ("llama3", "stretch them, not 'llama3'$")):
+        with pytest.raises(ValueError, match=f"^--seq_len 17: the model knows 16 positions; --rope_scaling linear, dynamic or yarn would {but}"):
+            extend_context(config, 17, kind)
+    with pytest.raises(ValueError, match="16 positions, a learned vector each"):
+        extend_context(tiny(max_position_embeddings=16, position_embedding_type="learned").config, 17, "yarn")
+    alibi = extend_context(tiny(max_position_embeddings=16, position_embedding_type="alibi").config, 99, None)
+    assert alibi.max_position_embeddings == 99 and alibi.rope_scaling is None
+
+
 def edit_config(folder: Path, **values) -> None:
     config = json.loads((folder / "config.json").read_text()) | values
     (folder / "config.json").write_text(json.dumps(config))
@@ -618,6 +681,60 @@ def test_a_truncated_checkpoint_is_not_loaded_as_a_model(tmp_path, pair):
     (folder / "model.safetensors").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="model.safetensors is truncated"):
         load_model(folder)
+
+
+MADE_BY_TRANSFORMERS = {
+    "llama": ("llama", {}), "smollm": ("llama", dict(tie_word_embeddings=True)), "llama, biases": ("llama", dict(attention_bias=True)),
+    "mistral": ("mistral", dict(sliding_window=5)), "qwen2": ("qwen2", {}),
+    "qwen2, window": ("qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)), "qwen3": ("qwen3", dict(head_dim=16)),
+    "mixtral": ("mixtral", dict(num_local_experts=5, sliding_window=7)),
+    "qwen3_moe": ("qwen3_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True)),
+    "qwen3_moe, one layer": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[0])),
+    "qwen3_moe, window": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=2,
+                                            use_sliding_window=True, sliding_window=6, attention_bias=True)),
+} | {kind: ("llama", dict(rope_parameters=scaling | {"rope_theta": 10000.0})) for kind, scaling in {
+    "linear": dict(rope_type="linear", factor=3.0), "dynamic": dict(rope_type="dynamic", factor=2.0),
+    "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+    "yarn, as in DeepSeek": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8, beta_slow=2,
+                                 mscale=1.3, mscale_all_dim=0.7, truncate=False),
+    "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+}.items()}
+
+
+@pytest.mark.parametrize("case", MADE_BY_TRANSFORMERS)
+def test_models_made_by_transformers(tmp_path, case):
+    """Logits, also beyond the trained length; greedy text with a cache and without; our export, reopened there."""
+    transformers = pytest.importorskip("transformers", reason="the transformers package is not installed")
+    from generate import generate
+    family, more = MADE_BY_TRANSFORMERS[case]
+    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=64, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **shape | more)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for parameter in theirs.parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.randn_like(parameter) / 4
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    text, long = torch.randint(0, 97, (2, 40)), torch.randint(0, 97, (1, 120))
+    with torch.no_grad():
+        assert (ours(text) - theirs(text).logits).abs().max() <= 1e-5
+        assert (ours(long) - theirs(long).logits).abs().max() <= 1e-5
+        said = generate(ours, [text[0, :9].tolist()], max_new_tokens=30, temperature=0.0, stop_token_ids=())[0]
+        uncached = text[:1, :9]
+        for _ in said:
+            uncached = torch.cat((uncached, ours(uncached)[:, -1:].argmax(-1)), dim=1)
+        assert said == uncached[0, 9:].tolist()
+        expected = theirs.generate(text[:1, :9], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert said == expected[0, 9:].tolist()
+        (tmp_path / "ours").mkdir()
+        save_model(tmp_path / "ours", ours)
+        a, b = (read_safetensors(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours"))
+        assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+        assert all(torch.equal(p, q) for p, q in zip(theirs.parameters(), back.parameters()))
+        assert torch.equal(back(long).logits, theirs(long).logits)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
