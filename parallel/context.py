@@ -23,6 +23,7 @@ Sources: Ring Attention (arXiv:2310.01889); zigzag: zhuzilin/ring-flash-attentio
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -95,32 +96,48 @@ def work_units(ranks: int, method: str) -> list[int]:
     return [sum(len(visible_pairs(mine, block, 1, None)) for block in places) for mine in places]
 
 
-def mask_of(a: int, b: int, length: int, window: int | None, starts: Tensor | None, device) -> Tensor | None:
-    """What queries of chunk a see of the keys of chunk b: None = all, else True where: (S, T) or (B, 1, 1, S, T)."""
+def mask_of(a: int, b: int, length: int, window: int | None, starts: Tensor | None, device) -> Tensor | str | None:
+    """What queries of chunk a see of chunk b's keys: None = all, "causal", or True where, (S, T) or (B, 1, 1, S, T)."""
+    far = window is not None and (a - b + 1) * length > window
+    if not far and starts is None:
+        return "causal" if a == b else None
     i = a * length + torch.arange(length, device=device)[:, None]  # positions in the whole sequence
     j = b * length + torch.arange(length, device=device)
-    mask = j <= i if a == b else None
-    if window is not None and (a - b + 1) * length > window:
-        near = j > i - window
-        mask = near if mask is None else mask & near
-    if starts is not None:
-        same = j >= starts[:, a * length:(a + 1) * length, None]  # not before the query's document
-        mask = same[:, None, None] if mask is None else mask & same[:, None, None]
+    mask = j <= i
+    if far:
+        mask = mask & (j > i - window)
+    if starts is not None:  # not before the query's document
+        mask = mask & (j >= starts[:, a * length:(a + 1) * length, None])[:, None, None]
     return mask
 
 
-def scores_of(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """q (B, S, Hkv, G, D), k (B, T, Hkv, D) -> q k^T / sqrt(D), -inf where masked: (B, Hkv, G, S, T)."""
-    scores = torch.einsum("bskgd,btkd->bkgst", q, k) / math.sqrt(q.shape[-1])
-    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+def scores_of(q: Tensor, k: Tensor, mask: Tensor | str | None) -> Tensor:
+    """q (B, S, H, D), k (B, T, Hkv, D) -> q k^T / sqrt(D), -inf where masked: (B, Hkv, G, S, T)."""
+    scores = torch.einsum("bskgd,btkd->bkgst", q.unflatten(2, (k.shape[2], -1)), k) / math.sqrt(q.shape[-1])
+    if mask is None:
+        return scores
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if isinstance(mask, str) else mask
+    return scores.masked_fill(~mask, float("-inf"))
 
 
-def attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """-> out (B, S, Hkv, G, D), normalised within the block, and its log-sum-exp (B, S, Hkv, G), -inf of nothing."""
-    scores = scores_of(q, k, mask)
-    lse = scores.logsumexp(-1)  # of nothing: -inf
-    weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp()  # never -inf - -inf
-    return torch.einsum("bkgst,btkd->bskgd", weights, v), lse.permute(0, 3, 1, 2)
+def attend_block(q, k, v, mask, kernel=None) -> tuple[Tensor, Tensor]:
+    """q (B, S, H, D), k, v (B, T, Hkv, D) -> out as q, normalised within the block, and its log-sum-exp (B, S, H), -inf
+    of nothing; both in float32 or 64.
+
+    kernel(q, k, v, causal=) -> (out, log-sum-exp (B, H, S)), both differentiable, computes the blocks without a mask of
+    their own; the others keep their scores in memory.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        if kernel and not isinstance(mask, Tensor):
+            out, lse = kernel(q, k, v, causal=mask == "causal")
+            return out.to(wide), lse.transpose(1, 2)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        scores = scores_of(q, k, mask)
+        lse = scores.logsumexp(-1)  # of nothing: -inf
+        weights = (scores - lse.clamp(min=torch.finfo(wide).min)[..., None]).exp()  # never -inf - -inf
+        out = torch.einsum("bkgst,btkd->bskgd", weights, v)
+        return out.flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,13 +147,26 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
     return out * (lse - safe).exp()[..., None] + more * (more_lse - safe).exp()[..., None], total
 
 
-def block_gradients(q, k, v, mask, out_gradient, lse, delta):
-    """dq, dk, dv of one block, given the log-sum-exp over *all* blocks and delta = sum over D of out * d out."""
-    weights = (scores_of(q, k, mask) - lse.permute(0, 2, 3, 1)[..., None]).exp()  # (B, Hkv, G, S, T)
-    dv = torch.einsum("bkgst,bskgd->btkd", weights, out_gradient)
-    dweights = torch.einsum("bskgd,btkd->bkgst", out_gradient, v)
-    dscores = weights * (dweights - delta.permute(0, 2, 3, 1)[..., None]) / math.sqrt(q.shape[-1])
-    return torch.einsum("bkgst,btkd->bskgd", dscores, k), torch.einsum("bkgst,bskgd->btkd", dscores, q), dv
+def block_gradients(q, k, v, mask, out_gradient, lse, delta, kernel=None):
+    """dq, dk, dv of one block, in float32 or 64, given the log-sum-exp over *all* blocks and delta = sum over D of
+    out * d out, both (B, S, H)."""
+    wide = out_gradient.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        if kernel and not isinstance(mask, Tensor):  # through merge: out = sum of exp(lse_b - lse) out_b
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+                out, own = attend_block(*inputs, mask, kernel)
+            share = (own - lse).exp()
+            down = share[..., None] * out_gradient, share * ((out * out_gradient).sum(-1) - delta)
+            return [g.to(wide) for g in torch.autograd.grad((out, own), inputs, [x.detach() for x in down])]
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        out_gradient, lse, delta = (x.unflatten(2, (k.shape[2], -1)) for x in (out_gradient, lse, delta))
+        weights = (scores_of(q, k, mask) - lse.permute(0, 2, 3, 1)[..., None]).exp()  # (B, Hkv, G, S, T)
+        dv = torch.einsum("bkgst,bskgd->btkd", weights, out_gradient)
+        dweights = torch.einsum("bskgd,btkd->bkgst", out_gradient, v)
+        dscores = weights * (dweights - delta.permute(0, 2, 3, 1)[..., None]) / math.sqrt(q.shape[-1])
+        dq = torch.einsum("bkgst,btkd->bskgd", dscores, k).flatten(2, 3)
+        return dq, torch.einsum("bkgst,bskgd->btkd", dscores, q.unflatten(2, (k.shape[2], -1))), dv
 
 
 # ------------------------------------------------------------------------------------------------------- the ring
@@ -159,47 +189,44 @@ class RingAttention(torch.autograd.Function):
     """Causal attention of a sequence that lies on the ranks of a group; see ring_attention."""
 
     @staticmethod
-    def forward(ctx, q, k, v, starts, group, method, window):
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        wide, S, Hkv = torch.promote_types(q.dtype, torch.float32), q.shape[1] // 2, k.shape[2]
+    def forward(ctx, q, k, v, starts, group, method, window, kernel):
+        rank, ranks, S = dist.get_rank(group), dist.get_world_size(group), q.shape[1] // 2
         mine, kv = chunks_of(rank, ranks, method), torch.stack((k, v))  # (2, B, 2 S, Hkv, D): one message a hop
-        queries = q.unflatten(2, (Hkv, -1)).to(wide).chunk(2, dim=1)  # two chunks (B, S, Hkv, G, D)
-        outs = [torch.zeros_like(part) for part in queries]
-        lses = [part.new_full(part.shape[:-1], float("-inf")) for part in queries]
+        queries, wide = q.chunk(2, dim=1), torch.promote_types(q.dtype, torch.float32)
+        outs = [torch.zeros_like(part, dtype=wide) for part in queries]  # of the two chunks (B, S, H, D)
+        lses = [part.new_full(part.shape[:-1], float("-inf"), dtype=wide) for part in queries]
         for step in range(ranks):
             coming, handles = hop(kv, group) if step < ranks - 1 else (None, [])
             block = chunks_of((rank - step) % ranks, ranks, method)
-            keys, values = (x.to(wide).chunk(2, dim=1) for x in kv)
+            keys, values = (x.chunk(2, dim=1) for x in kv)
             for i, j in visible_pairs(mine, block, S, window):
                 mask = mask_of(mine[i], block[j], S, window, starts, q.device)
-                outs[i], lses[i] = merge(outs[i], lses[i], *attend_block(queries[i], keys[j], values[j], mask))
+                outs[i], lses[i] = merge(outs[i], lses[i], *attend_block(queries[i], keys[j], values[j], mask, kernel))
             finish(handles)
             kv = coming
         out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=1)
         ctx.save_for_backward(q, k, v, out, lse, starts)
-        ctx.setting = group, method, window
-        return out.flatten(2, 3).to(q.dtype)
+        ctx.setting = group, method, window, kernel
+        return out.to(q.dtype)
 
     @staticmethod
     def backward(ctx, out_gradient):
-        (q, k, v, out, lse, starts), (group, method, window) = ctx.saved_tensors, ctx.setting
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        wide, S, Hkv = out.dtype, q.shape[1] // 2, k.shape[2]
+        (q, k, v, out, lse, starts), (group, method, window, kernel) = ctx.saved_tensors, ctx.setting
+        rank, ranks, S = dist.get_rank(group), dist.get_world_size(group), q.shape[1] // 2
         mine, kv = chunks_of(rank, ranks, method), torch.stack((k, v))
-        out_gradient = out_gradient.unflatten(2, (Hkv, -1)).to(wide)
-        delta = (out * out_gradient).sum(-1)
-        queries, gradients, lses, deltas = (
-            x.chunk(2, dim=1) for x in (q.unflatten(2, (Hkv, -1)).to(wide), out_gradient, lse, delta))
-        dq = [torch.zeros_like(part) for part in queries]
-        dkv, dkv_handles = torch.zeros(kv.shape, dtype=wide, device=kv.device), []  # of the block that is here
+        out_gradient = out_gradient.to(out.dtype)
+        given = [x.chunk(2, dim=1) for x in (out_gradient, lse, (out * out_gradient).sum(-1))]
+        queries = q.chunk(2, dim=1)
+        dq = [torch.zeros_like(part, dtype=out.dtype) for part in queries]
+        dkv, dkv_handles = torch.zeros_like(kv, dtype=out.dtype), []  # of the block that is here
         for step in range(ranks):
             coming, handles = hop(kv, group) if step < ranks - 1 else (None, [])
             block = chunks_of((rank - step) % ranks, ranks, method)
-            keys, values = (x.to(wide).chunk(2, dim=1) for x in kv)
+            keys, values = (x.chunk(2, dim=1) for x in kv)
             found = torch.zeros_like(dkv)
             for i, j in visible_pairs(mine, block, S, window):
                 mask = mask_of(mine[i], block[j], S, window, starts, q.device)
-                more, dk, dv = block_gradients(queries[i], keys[j], values[j], mask, gradients[i], lses[i], deltas[i])
+                more, dk, dv = block_gradients(queries[i], keys[j], values[j], mask, *(x[i] for x in given), kernel)
                 dq[i] += more
                 found[0, :, j * S:(j + 1) * S] += dk
                 found[1, :, j * S:(j + 1) * S] += dv
@@ -208,17 +235,19 @@ class RingAttention(torch.autograd.Function):
             finish(handles)
             kv = coming
         finish(dkv_handles)  # the c-th hop: home
-        dq = torch.cat(dq, dim=1).flatten(2, 3)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None, None
+        dq = torch.cat(dq, dim=1).to(q.dtype)
+        return dq, dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None, None, None
 
 
-def ring_attention(q, k, v, group, method: str = "zigzag", window: int | None = None, starts: Tensor | None = None):
+def ring_attention(q, k, v, group, method: str = "zigzag", window: int | None = None, starts: Tensor | None = None,
+                   kernel=None) -> Tensor:
     """Causal attention over the whole sequence: q (B, S / c, H, D), k, v (B, S / c, Hkv, D) as `split` gives -> as q.
 
     method: zigzag or ring. window: a token sees itself and the window - 1 before it. starts (B, S), of the whole
-    sequence: the first token of each token's document. K and V travel in their dtype, their gradients in float32 or 64.
+    sequence: the first token of each token's document. kernel: see attend_block. K and V travel in their dtype, their
+    gradients in float32 or 64.
     """
-    return RingAttention.apply(q, k, v, starts, group, method, window)
+    return RingAttention.apply(q, k, v, starts, group, method, window, kernel)
 
 
 # -------------------------------------------------------------------------------------------------------- Ulysses
@@ -260,10 +289,8 @@ def ulysses_attention(q, k, v, mask, dropout, attend, group) -> Tensor:
 
 def whole_mask(length: int, window: int | None, starts: Tensor | None, device) -> Tensor | None:
     """Of the whole sequence, where it is more than causal: (S, S) or (B, 1, S, S)."""
-    if window is None and starts is None:
-        return None
     mask = mask_of(0, 0, length, window, starts, device)
-    return mask if starts is None else mask[:, 0]
+    return None if isinstance(mask, str) else mask if starts is None else mask[:, 0]
 
 
 def offsets(starts: Tensor | None) -> Tensor | None:
@@ -318,8 +345,13 @@ def context_parallel(model: nn.Module, group, method: str = "zigzag") -> nn.Modu
             documents[key] = current["starts"]  # (B, S) or None
         return x, rope, documents[key], *rest
 
+    kernel = None
+    if method != "ulysses" and c.attention == "triton":
+        from kernels.flash_attention import flash_attn_func
+        kernel = partial(flash_attn_func, return_lse=True)
+
     def ring(q, k, v, starts, dropout=0.0):
-        return ring_attention(q, k, v, group, method, c.sliding_window, starts)
+        return ring_attention(q, k, v, group, method, c.sliding_window, starts, kernel)
 
     def ulysses(attend):
         def attend_(q, k, v, starts, dropout=0.0):

@@ -1,9 +1,12 @@
 """parallel/context.py on gloo processes: each method held to one process in float64, its messages counted."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from kernels.flash_attention import flash_attn_func
 from model import eager_attention
 from oracle import adamw, assert_same, batches, named, summed_loss, tiny_model, train
 from parallel import context
@@ -37,7 +40,7 @@ def test_split_and_its_inverse(method):
 def random_attention(seed=0, S=6, T=6, Hkv=2, G=2, D=4):
     generator = torch.Generator().manual_seed(seed)
     return [10 * torch.randn(shape, generator=generator, dtype=torch.double)
-            for shape in ((2, S, Hkv, G, D), (2, T, Hkv, D), (2, T, Hkv, D))]
+            for shape in ((2, S, Hkv * G, D), (2, T, Hkv, D), (2, T, Hkv, D))]
 
 
 def test_blocks_merged_by_their_log_sum_exp_are_one_softmax():
@@ -66,7 +69,7 @@ def test_a_fully_masked_block_stays_finite():
 # ---------------------------------------------------------------------------------------- attention on processes
 
 
-def ring_alone(world, method, window, documents):
+def ring_alone(world, method, window, documents, kernel=None):
     """-> (error of out, errors of dq, dk, dv) against eager attention over the whole sequence."""
     generator = torch.Generator().manual_seed(2)
     q, k, v, weight = (torch.randn(2, 16, heads, 4, generator=generator, dtype=torch.double).requires_grad_()
@@ -76,7 +79,8 @@ def ring_alone(world, method, window, documents):
     true_gradients = torch.autograd.grad((truth * weight).sum(), (q, k, v))
     place = dist.get_rank(), world, method
     mine = [context.split(x, *place).detach().requires_grad_() for x in (q, k, v)]
-    out = context.ring_attention(*mine, GROUP(), method, window, starts)
+    kernel = partial(flash_attn_func, return_lse=True) if kernel else None
+    out = context.ring_attention(*mine, GROUP(), method, window, starts, kernel)
     gradients = torch.autograd.grad((out * context.split(weight, *place)).sum(), mine)
     pairs = zip((out, *gradients), (truth, *true_gradients))
     return [(a - context.split(b, *place)).abs().max().item() for a, b in pairs]
@@ -90,12 +94,19 @@ def test_ring_attention_and_its_gradients(method, window, documents):
         assert max(errors) < 1e-9
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_blocks_by_the_kernel(documents):
+    """In float64 the kernel's reference computes them; blocks with documents' borders stay with PyTorch."""
+    for errors in run_on(4, ring_alone, "zigzag", None, documents, True):
+        assert max(errors) < 1e-9
+
+
 def messages(world, method, key_heads):
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(1, 16 // world, heads, 4, generator=generator).requires_grad_()
                for heads in (4, key_heads, key_heads))
     units, counted = [], context.attend_block
-    context.attend_block = lambda *args: units.append(1) or counted(*args)
+    context.attend_block = lambda *arguments: units.append(1) or counted(*arguments)
     try:
         with Ledger() as forward:
             if method == "ulysses":
@@ -178,6 +189,14 @@ def test_documents_windows_and_recomputation_equal_one_process(method):
     changes = dict(sliding_window=6, num_hidden_layers=2)
     truth = one_process(changes, DOCUMENTS)
     for history in run_on(4 if method != "ulysses" else 2, shared_out, method, changes, DOCUMENTS, "full"):
+        assert_same(history, truth)
+
+
+@pytest.mark.parametrize("method", ["zigzag", "ulysses"])
+def test_the_model_attends_by_the_kernel(method):
+    changes = dict(attention="triton", sliding_window=6, num_hidden_layers=2)
+    truth = one_process(changes | dict(attention="eager"), DOCUMENTS)
+    for history in run_on(2, shared_out, method, changes, DOCUMENTS):
         assert_same(history, truth)
 
 
