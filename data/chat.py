@@ -2,41 +2,58 @@ r"""Conversations in, (ids, loss_mask) out, where what is trained is right by co
 
     python data/chat.py chats.jsonl --show_mask --template chatml --tokenizer out/pretrain/data --limit 3
 
-A conversation becomes a list of segments, each a stretch of text or one special token, each trained or not:
+A template is a row of strings (TEMPLATES). From it the Jinja text is made that Hugging Face's `apply_chat_template`
+takes, and `render` renders that same text, with marks around what is trained:
 
-    <|im_start|>  user\nHi  <|im_end|>  \n  <|im_start|>  assistant\n  Hello!  <|im_end|>  \n
-                                                                       ~~~~~~~~~~~~~~~~~~ trained
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n Hello!<|im_end|> \n
+                                                            ~~~~~~~~~~~~~~~~ trained
 
-Every segment is tokenized apart and its ids all get the segment's mask. So no token lies across the border of prompt
-and answer, the prompt at inference (`render_prompt`) has the very ids that it had in training, and nothing is searched
-for in ids afterwards. Trained is the assistant's text and the token that ends its turn, without which a model never
-learns to stop. Only the template puts special tokens in: what a user types is text, "<|im_end|>" too.
+At marks and special tokens it is cut into segments. Every segment is tokenized apart and its ids all get the segment's
+mask. So no token lies across the border of prompt and answer, the prompt at inference (`render_prompt`) has the very
+ids that it had in training, and nothing is searched for in ids afterwards. Trained is what the assistant says, its tool
+calls too, and the token that ends its turn, without which a model never learns to stop. Only the template puts special
+tokens in: what a user types, or a tool returns, is text, "<|im_end|>" too.
 
-A template is a row of strings (TEMPLATES), and the Jinja text for Hugging Face's `apply_chat_template` is made from the
-same row. Hugging Face tokenizes the whole string at once. That gives the same ids, for at each of our borders there is
-a special token or a line end, where tokenizers cut anyway, unless contents hold special tokens, or white space at their
-ends. (But GPT-2's pattern, which looks ahead over white space, sees llama3's two line ends in another way.)
+Hugging Face tokenizes the whole string at once. That gives the same ids, for at each of our borders there is a special
+token or a line end, where tokenizers cut anyway, unless contents hold special tokens, or white space at their ends.
+(But GPT-2's pattern, which looks ahead over white space, sees llama3's two line ends in another way.)
 
-Order of the file: templates; conversation to ids; rows of files to conversations; the command.
+The template "jinja" is the tokenizer's own chat_template, whatever it is: see `_own_spans`.
+
+Order of the file: templates; their Jinja text; conversation to ids; the command. Files are read by data/chat_files.py.
 """
 
 import argparse
-import gzip
+import datetime
+import functools
 import itertools
 import json
 import os
 import re
 import sys
-import zlib
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "chatgpt": "assistant"}  # as files name them -> as we do
-ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+OWN = "jinja"  # the template that is the tokenizer's own chat_template
+QUOTE, BEGIN, END, PROBE = "\ufdd0\ufdd1\ufdd2\ufdd3"  # noncharacters, for use in here: no text holds them
 
 
 # ---- templates
+
+class Tools(NamedTuple):
+    """Jinja text of what has to do with tools. It sees `tools`, `message`, `content`, `loop` and `now`."""
+    call: str                # what the assistant says when it calls: message.tool_calls, its arguments as objects
+    result: str              # a message of role "tool"
+    system: str = ""         # the system's turn that tells the tools, put first: content is the system message, or ""
+    user: str = ""           # before a user's turn, or changing its content
+    late: bool = False       # tools, and the system message with them, belong to the user's newest turn
+    forgets: bool = False    # calls and results before that turn are left out
+    parses: bool = False     # a result that is JSON text stands there as JSON
+
 
 class Template(NamedTuple):
     """{content} is the message's text; {bos} and {eos} are the tokenizer's own tokens, nothing where it has none.
@@ -53,26 +70,90 @@ class Template(NamedTuple):
     tokens: tuple[str, ...] = ()  # special tokens by name, which a tokenizer may lack
     default: str = ""             # system message of a conversation that has none
     default_with_input: str = ""  # the same, if the user's first message has an "input"
+    tools: Tools | None = None
 
+
+QWEN_TOOLS = Tools(  # as Qwen 2.5 and 3 have them
+    system=r"""
+{{- '<|im_start|>system\n' ~ (content ~ '\n\n' if content else '') ~ '# Tools\n\nYou may call one or more functions to '
+    ~ 'assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n' }}
+{{- '<tools>' }}{%- for tool in tools %}{{- '\n' ~ (tool | tojson) }}{%- endfor %}{{- '\n</tools>\n\n' }}
+{{- 'For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML '
+    ~ 'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}""",
+    call=r"""
+{{- content or '' }}
+{%- for call in message.tool_calls %}
+{{- ('\n' if content or not loop.first else '') ~ '<tool_call>\n{"name": "' ~ call.function.name ~ '", "arguments": '
+    ~ (call.function.arguments | tojson) ~ '}\n</tool_call>' }}
+{%- endfor %}""",
+    result=r"""
+{{- '' if loop.previtem and loop.previtem.role == 'tool' else '<|im_start|>user' }}
+{{- '\n<tool_response>\n' ~ (content if content is string else content | tojson) ~ '\n</tool_response>' }}
+{{- '' if loop.nextitem and loop.nextitem.role == 'tool' else '<|im_end|>\n' }}""")
 
 LLAMA3 = "<|start_header_id|>%s<|end_header_id|>\n\n"
+LLAMA3_TOOLS = Tools(  # as Llama 3.1 has them; these dates its template writes by default
+    system=r"""
+{{- '<|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\nCutting Knowledge Date: December 2023\n'
+    ~ 'Today Date: 26 Jul 2024\n\n' ~ content ~ '<|eot_id|>' }}""",
+    user=r"""
+{%- if tools and not now.told %}{%- set now.told = true %}{%- set content %}
+{{- 'Given the following functions, please respond with a JSON for a function call with its proper arguments that best '
+    ~ 'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument '
+    ~ 'name and its value}.Do not use variables.\n\n' }}
+{%- for tool in tools %}{{- (tool | tojson(indent=4)) ~ '\n\n' }}{%- endfor %}{{- content }}
+{%- endset %}{%- endif %}""",
+    call=r"""
+{%- if content or message.tool_calls | length > 1 %}
+{{- raise_exception('template llama3 takes one tool call at a time, and no text beside it') }}
+{%- endif %}
+{%- for call in message.tool_calls %}
+{{- '{"name": "' ~ call.function.name ~ '", "parameters": ' ~ (call.function.arguments | tojson) ~ '}' }}
+{%- endfor %}""",
+    result=r"""
+{{- '<|start_header_id|>ipython<|end_header_id|>\n\n' ~ (content | tojson) ~ '<|eot_id|>' }}""")
+
+MISTRAL_TOOLS = Tools(late=True, parses=True,  # as mistral-common has them since its version 3
+    user=r"""
+{%- if tools and loop.index0 == now.last %}
+{{- '[AVAILABLE_TOOLS]' ~ (tools | tojson) ~ '[/AVAILABLE_TOOLS]' }}
+{%- endif %}""",
+    call=r"""
+{%- if content %}{{- raise_exception('template mistral takes no text beside a tool call') }}{%- endif %}
+{{- '[TOOL_CALLS][' }}
+{%- for call in message.tool_calls %}
+{{- (', ' if not loop.first else '') ~ '{"name": ' ~ (call.function.name | tojson) ~ ', "arguments": '
+    ~ (call.function.arguments | tojson) ~ (', "id": ' ~ (call.id | tojson) if call.id else '') ~ '}' }}
+{%- endfor %}{{- ']' }}""",
+    result=r"""
+{{- '[TOOL_RESULTS]{"content": ' ~ (content | tojson) ~ ', "call_id": ' ~ (message.tool_call_id | tojson)
+    ~ '}[/TOOL_RESULTS]' }}""")
+MISTRAL_V2_TOOLS = MISTRAL_TOOLS._replace(forgets=True,  # calls without ids, results in one list
+    call=MISTRAL_TOOLS.call.replace(r"""(', "id": ' ~ (call.id | tojson) if call.id else '')""", "''"),
+    result=r"""
+{{- ', ' if loop.previtem and loop.previtem.role == 'tool' else '[TOOL_RESULTS][' }}
+{{- '{"name": ' ~ (message.name | tojson) ~ ', "content": ' ~ (content | tojson) ~ '}' }}
+{{- '' if loop.nextitem and loop.nextitem.role == 'tool' else '][/TOOL_RESULTS]' }}""")
 
 TEMPLATES = {
     "chatml": Template(  # OpenAI's; Qwen's without its default system message
         system="<|im_start|>system\n{content}<|im_end|>\n", user="<|im_start|>user\n{content}<|im_end|>\n",
-        opening="<|im_start|>assistant\n", end="<|im_end|>", after="\n", tokens=("<|im_start|>", "<|im_end|>")),
+        opening="<|im_start|>assistant\n", end="<|im_end|>", after="\n", tokens=("<|im_start|>", "<|im_end|>"),
+        tools=QWEN_TOOLS),
     "llama2": Template(  # without Meta's blank before the end token: untrained, it would keep the model from ending
         system="<<SYS>>\n{content}\n<</SYS>>\n\n", user="{bos}[INST] {system}{content} [/INST]", opening="{gap}",
         end="{eos}"),
     "llama3": Template(
         start="<|begin_of_text|>", system=LLAMA3 % "system" + "{content}<|eot_id|>",
         user=LLAMA3 % "user" + "{content}<|eot_id|>", opening=LLAMA3 % "assistant", end="<|eot_id|>",
-        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), tools=LLAMA3_TOOLS),
     # v3 (sentencepiece) and Tekken (BPE), which differ by sentencepiece's blanks only. Mistral's own code moves the
-    # system text to the newest user turn at each request; here it stays in the first, so that all answers see it.
+    # system text to the newest user turn at each request; here it stays in the first, so that all answers see it,
+    # unless there are tools, which must go with the newest.
     "mistral": Template(
         start="{bos}", system="{content}\n\n", user="[INST]{system}{content}[/INST]", opening="", end="{eos}",
-        tokens=("[INST]", "[/INST]")),
+        tokens=("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+                "[/TOOL_RESULTS]"), tools=MISTRAL_TOOLS),
     "vicuna": Template(  # FastChat's v1.1
         start="{bos}", system="{content} ", user="{system}USER: {content}", opening=" ASSISTANT:{gap}", end="{eos}",
         default="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -84,13 +165,14 @@ TEMPLATES = {
         default_with_input="Below is an instruction that describes a task, paired with an input that provides further "
                            "context. Write a response that appropriately completes the request."),
 }
+TEMPLATES["mistral_v2"] = TEMPLATES["mistral"]._replace(tools=MISTRAL_V2_TOOLS)
 MISTRAL_V1 = TEMPLATES["mistral"]._replace(  # in the first version the markers are text, as in Llama 2
-    user="[INST] {system}{content} [/INST]", opening="{gap}", tokens=())
+    user="[INST] {system}{content} [/INST]", opening="{gap}", tokens=(), tools=None)
 
 
 def template_tokens(template: str) -> tuple[str, ...]:
     """Names of the special tokens that the template needs besides the tokenizer's own beginning and end."""
-    return _row(template).tokens
+    return () if template == OWN else _row(template).tokens
 
 
 def prepare_tokenizer(tokenizer, template: str) -> list[str]:
@@ -99,165 +181,334 @@ def prepare_tokenizer(tokenizer, template: str) -> list[str]:
     Returns the names added: the model's embedding must then grow to `tokenizer.vocab_size`, and the user be told.
     ValueError: the tokenizer has no end token, or lacks tokens and can take no more (sentencepiece)."""
     missing = [name for name in template_tokens(template) if name not in tokenizer.special_tokens]
-    if template == "mistral" and _puts_blank(tokenizer):
+    if template == "mistral" and "[INST]" in missing and _puts_blank(tokenizer):
         missing = []  # Mistral's v1
     tokenizer.add_special_tokens(missing)
     stop_ids(tokenizer, template)  # raises if there is no end token
-    tokenizer.chat_template = None if _puts_blank(tokenizer) else jinja_template(template)
+    if template != OWN:
+        tokenizer.chat_template = None if _puts_blank(tokenizer) else jinja_template(template)
     return missing
 
 
 def stop_ids(tokenizer, template: str = "chatml") -> set[int]:
     """Ids that end the assistant's turn: the template's end token, and the end of a document."""
-    ends = {_special_id(_row(template, tokenizer).end, tokenizer), tokenizer.eos_token_id} - {None}
-    if not ends:
+    if template == OWN:  # the first special token behind an answer
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        text = _rendered(tokenizer.chat_template or "", probe, tokenizer, None, False).rpartition(PROBE)[2]
+        found = [part.text for part in _cut(text, tokenizer, tokenizer.special_tokens) if part.special]
+        ends = {_special_id(name, tokenizer) for name in found[:1]}
+    else:
+        ends = {_special_id(_row(template, tokenizer).end, tokenizer)}
+    if not (ends := (ends | {tokenizer.eos_token_id}) - {None}):
         raise ValueError(f"template {template!r} ends turns with the tokenizer's end token, and it has none")
     return ends
 
 
 def template_of(tokenizer) -> str | None:
-    """The template that `prepare_tokenizer` prepared the tokenizer for, known by its Jinja text; else None."""
-    return next((name for name in TEMPLATES if tokenizer.chat_template == jinja_template(name)), None)
+    """The template that `prepare_tokenizer` prepared the tokenizer for, known by its Jinja text; "jinja" if that text
+    is another; None if there is none."""
+    known = (name for name in TEMPLATES if tokenizer.chat_template == jinja_template(name))
+    return next(known, OWN if tokenizer.chat_template else None)
+
+
+# ---- their Jinja text
+
+SKELETON = r"""
+{%- set now = namespace(system=<default>, own=false, told=false, last=-1) %}
+{%- for message in messages %}{%- if message.role == 'user' %}{%- set now.last = loop.index0 %}{%- endif %}{%- endfor %}
+{{- <start> }}
+{%- for message in messages %}
+{%- set content = message.content %}
+{%- if tools and loop.first %}
+{%- set content = content if message.role == 'system' else '' %}
+<tools.system>
+{%- set content = message.content %}
+{%- endif %}
+{%- if message.role == 'assistant' and (<keeps> or not message.tool_calls) %}
+{{- <opening> }}<begin>
+{%- if message.tool_calls %}
+<tools.call>
+{%- else %}
+{{- content }}
+{%- endif %}
+{{- <end> }}<finish>
+{{- <after> }}
+{%- elif message.role == 'user' %}
+<tools.user><with_input>
+{%- set system = <system> if now.system and <now> else '' %}
+{{- <user> }}
+{%- if <now> %}{%- set now.system = '' %}{%- endif %}
+{%- elif message.role == 'system' %}
+<system_turn>
+{%- elif message.role == 'tool' and <keeps> %}
+<tools.result>
+{%- elif message.role not in ['assistant', 'tool'] %}
+{{- raise_exception('unknown role ' ~ message.role) }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- <opening> }}{%- endif %}"""
+WITH_INPUT = r"""
+{%- if message.input %}
+{%- set content = content[:-(message.input | length)] ~ "### Input:\n" ~ message.input %}
+{%- if now.system and not now.own %}{%- set now.system = <other> %}{%- endif %}
+{%- endif %}"""
+KEEP_SYSTEM = r"""
+{%- set now.system = now.system ~ '\n\n' ~ content if now.own and now.system else content %}{%- set now.own = true %}"""
+SYSTEM_TURN = """{%- if not (tools and loop.first) %}{{- <system> }}{%- endif %}"""
+NO_TOOLS = "{{- raise_exception('this template has no form for tools') }}"
 
 
 def jinja_template(template: str) -> str:
     """The `chat_template` of tokenizer_config.json: with it, and a BPE tokenizer, `apply_chat_template(messages)` gives
-    `render`'s ids, and with add_generation_prompt=True `render_prompt`'s."""
-    row = _row(template)
-    names = {"{bos}": "bos_token", "{eos}": "eos_token", "{content}": "content", "{system}": "now.system"}
+    `render`'s ids, and with add_generation_prompt=True `render_prompt`'s. (It takes the arguments of tool calls as
+    objects; Mistral's, results that are JSON as well.)"""
+    return _jinja(_row(template))
+
+
+@functools.lru_cache(32)
+def _jinja(row: Template, marks: bool = False) -> str:
+    """`marks`: for `segments`, with marks around what is trained, and the gap that the tokenizer at hand needs."""
+    names = {"{bos}": "bos_token", "{eos}": "eos_token", "{content}": "content", "{system}": "system",
+             "{said}": "now.system", "{gap}": "gap" if marks else json.dumps("\n")}
 
     def join(field: str) -> str:  # "{bos}[INST] {content}" -> bos_token ~ "[INST] " ~ content
-        return " ~ ".join(names.get(part, json.dumps(part)) for part in _split(field.replace("{gap}", "\n"))) or "''"
+        parts = [part for part in re.split("({bos}|{eos}|{content}|{system}|{said}|{gap})", field) if part]
+        return " ~ ".join(names.get(part, json.dumps(part)) for part in parts) or "''"
 
-    default = join(row.system.replace("{content}", row.default) if row.default else "")
-    with_input = [
-        '{%- if message.input %}',
-        '{%- set content = content[:-(message.input | length)] ~ "### Input:\\n" ~ message.input %}',
-        f'{{%- if now.system == {default} %}}',
-        f'{{%- set now.system = {json.dumps(row.default_with_input)} %}}{{%- endif %}}',
-        '{%- endif %}'] if row.default_with_input else []
-    return "\n".join([
-        f"{{%- set now = namespace(system={default}) %}}{{{{- {join(row.start)} }}}}",
-        "{%- for message in messages %}{%- set content = message.content %}",
-        "{%- if message.role == 'assistant' %}",
-        f"{{{{- {join(row.opening + '{content}' + row.end + row.after)} }}}}",
-        "{%- elif message.role == 'user' %}", *with_input,
-        f"{{{{- {join(row.user)} }}}}{{%- set now.system = '' %}}",
-        "{%- elif message.role == 'system' %}",
-        f"{{%- set now.system = {join(row.system)} %}}" if "{system}" in row.user else f"{{{{- {join(row.system)} }}}}",
-        "{%- else %}{{- raise_exception('unknown role ' ~ message.role) }}{%- endif %}",
-        "{%- endfor %}",
-        f"{{%- if add_generation_prompt %}}{{{{- {join(row.opening)} }}}}{{%- endif %}}"])
+    within, tools = "{system}" in row.user, row.tools or Tools(call=NO_TOOLS, result=NO_TOOLS, system=NO_TOOLS)
+    fill = {"default": json.dumps(row.default), "start": join(row.start), "opening": join(row.opening),
+            "end": join(row.end), "after": join(row.after), "user": join(row.user),
+            "system": "(%s)" % join(row.system.replace("{content}", "{said}")),
+            "system_turn": KEEP_SYSTEM if within else SYSTEM_TURN.replace("<system>", join(row.system)),
+            "with_input": row.default_with_input and WITH_INPUT.replace("<other>", json.dumps(row.default_with_input)),
+            "now": "(not tools or loop.index0 == now.last)" if tools.late else "true",
+            "keeps": "loop.index0 > now.last" if tools.forgets else "true",
+            "begin": "{{- mark(loop.index0) }}" * marks, "finish": ("{{- '%s' }}" % END) * marks}
+    fill |= {f"tools.{name}": text for name, text in tools._asdict().items()}
+    return re.sub(r"\n+", "\n", re.sub("<([a-z_.]+)>", lambda slot: fill[slot[1]], SKELETON)).strip()
 
 
 def _row(template: str, tokenizer=None) -> Template:
     if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r} (known: {', '.join(TEMPLATES)})")
+        raise ValueError(f"unknown template {template!r} (known: {', '.join(TEMPLATES)}; {OWN}, the tokenizer's own)")
     v1 = template == "mistral" and tokenizer is not None and "[INST]" not in tokenizer.special_tokens
     return MISTRAL_V1 if v1 else TEMPLATES[template]
 
 
-def _split(field: str, tokens: tuple[str, ...] = ()) -> list[str]:
-    """A template's field, cut at its special tokens and placeholders, which stay as parts."""
-    names = "|".join(map(re.escape, (*tokens, "{bos}", "{eos}", "{content}", "{system}", "{gap}")))
-    return [part for part in re.split(f"({names})", field) if part]
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: how a template says, to transformers too, what the assistant speaks."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller) -> str:
+        return BEGIN + caller() + END
+
+
+@functools.lru_cache(8)
+def _compiled(text: str) -> jinja2.Template:
+    """As transformers compiles chat templates."""
+    def refuse(message: str):
+        raise jinja2.TemplateError(message)
+
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                          extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    jinja.filters["tojson"] = lambda x, indent=None, ensure_ascii=False, **how: json.dumps(
+        x, indent=indent, ensure_ascii=ensure_ascii, **how)
+    jinja.globals["raise_exception"] = refuse
+    jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return jinja.from_string(text)
+
+
+# ---- conversation -> segments -> ids
+
+class Segment(NamedTuple):
+    text: str             # plain text; or a special token's name
+    special: bool = False
+    trained: bool = False
+
+
+def segments(messages: list[dict], tokenizer, template: str = "chatml", tools: list | None = None, *,
+             train_from: int = 0, prompt: bool = False) -> list[Segment]:
+    """The conversation cut into segments; with `prompt`, the opening of the assistant's next turn follows."""
+    check_messages(messages)
+    if template == OWN:
+        text = _own_text(messages, tokenizer, tools, train_from, prompt)
+        return _cut(text, tokenizer, tokenizer.special_tokens)
+    row = _row(template, tokenizer)
+    for name in row.tokens:
+        _special_id(name, tokenizer)
+    if not row.tools and (tools or any(m.get("tool_calls") or m["role"] == "tool" for m in messages)):
+        raise ValueError(f"template {template!r} has no form for tools")
+    for message, following in zip(messages, [*messages[1:], {"role": None}]):
+        if "{system}" in row.user and message["role"] == "system" and following["role"] not in ("system", "user"):
+            raise ValueError(f"template {template!r} knows system messages only right before the user's")
+    text = _rendered(_jinja(row, marks=True), messages, tokenizer, tools, prompt, parses=row.tools and row.tools.parses,
+                     gap="" if _puts_blank(tokenizer) else "\n", mark=lambda i: BEGIN if i >= train_from else "")
+    return _cut(text, tokenizer, [*row.tokens, *_ends(tokenizer).values()])
+
+
+def _rendered(jinja: str, messages: list[dict], tokenizer, tools, prompt: bool, parses=False, **more) -> str:
+    """The Jinja text rendered, where QUOTE is in every special token's name that contents hold: there it is text."""
+    names = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
+
+    def quoted(value):
+        if isinstance(value, str):
+            if not value.isascii() and re.search(f"[{QUOTE}-{PROBE}]", value) and value != PROBE:
+                raise ValueError("a text holds one of the noncharacters U+FDD0 to U+FDD3, which serve as marks here")
+            return re.sub(names, lambda name: name[0][0] + QUOTE + name[0][1:], value) if names else value
+        if isinstance(value, dict):
+            return {key: quoted(inner) for key, inner in value.items()}
+        return [quoted(inner) for inner in value] if isinstance(value, list) else value
+
+    prepared = [message if message["role"] in ("system", "user") else _objects(message, parses) for message in messages]
+    try:
+        return _compiled(jinja).render(messages=quoted(prepared), tools=quoted(tools) or None,
+                                       add_generation_prompt=prompt, **_ends(tokenizer), **more)
+    except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"the chat template does not render this conversation: {error}") from None
+
+
+def _objects(message: dict, parses: bool) -> dict:
+    """A message whose tool calls have their arguments as objects (OpenAI has JSON text), and, if `parses`, whose result
+    is one, where it is JSON."""
+    def parsed(value):
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    calls = [call["function"] | {"arguments": parsed(call["function"].get("arguments"))}
+             for call in message.get("tool_calls") or ()]
+    if wrong := [call["arguments"] for call in calls if not isinstance(call["arguments"], dict)]:
+        raise ValueError(f"the arguments of a tool call must be a JSON object, not {str(wrong[0])[:60]!r}")
+    if calls:
+        calls = {"tool_calls": [old | {"function": new} for old, new in zip(message["tool_calls"], calls)]}
+    result = {"content": parsed(message["content"])} if message["role"] == "tool" and parses else {}
+    return message | dict(calls) | result
+
+
+def _own_text(messages: list[dict], tokenizer, tools: list | None, train_from: int, prompt: bool) -> str:
+    """The tokenizer's own template rendered, with marks around what is trained: what {% generation %} blocks hold, and
+    a token right behind that ends the turn. In a template without them: what follows the prompt, rendered up to each
+    answer, to the next token that ends a turn; ValueError if the whole does not begin with that prompt."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"template {OWN!r} is the tokenizer's own chat_template, and it has none")
+
+    def text(until: int, prompt: bool = False) -> str:
+        return _rendered(tokenizer.chat_template, messages[:until], tokenizer, tools, prompt)
+
+    whole = text(len(messages), prompt)
+    if prompt:
+        return whole.replace(BEGIN, "")
+    names, ends = {i: name for name, i in tokenizer.special_tokens.items()}, stop_ids(tokenizer, OWN)
+    stops = re.compile("|".join(re.escape(names[i]) for i in sorted(ends) if i in names) or "(?!)")
+    if BEGIN in whole:
+        whole = whole.replace(BEGIN, "", text(train_from).count(BEGIN) if train_from else 0)
+        return re.sub(f"{END}({stops.pattern})", rf"\1{END}", whole)
+    parts, at = [], 0
+    for index in range(train_from, len(messages)):
+        if messages[index]["role"] == "assistant":
+            begin = len(before := text(index, prompt=True))
+            stop = stops.search(whole, begin)
+            if not whole.startswith(before) or begin < at or not stop:
+                raise ValueError(f"message {index}: the chat template does not tell where this answer stands, for what "
+                                 "comes before it is rendered otherwise alone: mark answers in it by {% generation %}, "
+                                 "or choose another --template")
+            parts += [whole[at:begin], BEGIN, whole[begin:stop.end()], END]
+            at = stop.end()
+    return "".join(parts) + whole[at:]
+
+
+def _cut(text: str, tokenizer, names) -> list[Segment]:
+    """Cut a rendered text at marks and at special tokens (with the white space that goes with them)."""
+    flags, found, trained = getattr(tokenizer, "flags", {}), [], False
+    names = sorted({name for name in names if name}, key=len, reverse=True)
+    special = "|".join(r"\s*" * ("lstrip" in flags.get(name, ())) + re.escape(name)
+                       + r"\s*" * ("rstrip" in flags.get(name, ())) for name in names)
+    for part in re.split(f"([{BEGIN}{END}]|{special or BEGIN})", text):
+        if part in (BEGIN, END):
+            trained = part == BEGIN
+        elif part in names or part.strip() in names:
+            found.append(Segment(part if part in names else part.strip(), True, trained))
+        elif part:
+            found.append(Segment(part.replace(QUOTE, ""), False, trained))
+    return found
+
+
+def _ids(found: list[Segment], tokenizer, together: bool) -> tuple[list[int], list[int]]:
+    """`together`: the ids of a stretch between special tokens are those of the whole, as in Hugging Face, unless a
+    token would lie across a border of what is trained."""
+    ids: list[int] = []
+    mask: list[int] = []
+    stretch, begin = "", 0  # the plain text since the last special token, and where its ids begin
+    for text, special, trained in found:
+        if special:
+            new, stretch, begin = [_special_id(text, tokenizer)], "", len(ids) + 1
+        else:
+            new, stretch = _plain(text, tokenizer, not ids), stretch + text
+            whole = _plain(stretch, tokenizer, begin == 0) if together and stretch != text else []
+            new = whole[len(ids) - begin:] if whole[:len(ids) - begin] == ids[begin:] and whole else new
+        ids += new
+        mask += [int(trained)] * len(new)
+    return ids, mask
+
+
+def _plain(text: str, tokenizer, first: bool) -> list[int]:
+    """Ids of plain text; text of special tokens stays text. A tokenizer that puts a blank before the conversation only
+    is shown that this is not its beginning."""
+    if first or getattr(tokenizer, "prefix", "") != "first":
+        return tokenizer.encode(text)
+    before = next(name for name in tokenizer.special_tokens if not tokenizer.flags.get(name))
+    return tokenizer.encode(before + text, [before])[1:]
 
 
 def _puts_blank(tokenizer) -> bool:
     """Whether the tokenizer itself puts a blank before each text, as sentencepiece models mostly do."""
-    return tokenizer.decode_bytes(tokenizer.encode("a") * 2) == b"a a"
+    return tokenizer.decode_bytes(_plain("a", tokenizer, False) * 2) == b"a a"
+
+
+def _ends(tokenizer) -> dict[str, str]:
+    """The names that templates know as bos_token, eos_token and pad_token, of those that the tokenizer has."""
+    names = {i: name for name, i in (tokenizer.special_tokens | tokenizer.added_tokens).items()}
+    ends = {end: getattr(tokenizer, f"{end}_id") for end in ("bos_token", "eos_token", "pad_token")}
+    return {end: names[i] for end, i in ends.items() if i in names}
 
 
 def _special_id(name: str, tokenizer) -> int | None:
     """Id of a special token; None for a {bos} or {eos} that the tokenizer has not."""
     if name in ("{bos}", "{eos}"):
         return tokenizer.bos_token_id if name == "{bos}" else tokenizer.eos_token_id
-    if name not in tokenizer.special_tokens:
+    if (i := tokenizer.special_tokens.get(name, tokenizer.added_tokens.get(name))) is None:
         raise ValueError(f"the tokenizer has no special token {name}, which the template needs: add it "
                          "(prepare_tokenizer), and rows to the model's embedding")
-    return tokenizer.special_tokens[name]
-
-
-# ---- conversation -> segments -> ids
-
-class Segment(NamedTuple):
-    text: str             # plain text; or a special token's name, {bos} or {eos}
-    special: bool = False
-    trained: bool = False
-
-
-def segments(messages: list[dict], tokenizer, template: str = "chatml", *, train_from: int = 0,
-             prompt: bool = False) -> list[Segment]:
-    """The conversation cut into segments; with `prompt`, the opening of the assistant's next turn follows."""
-    row, gap = _row(template, tokenizer), "" if _puts_blank(tokenizer) else "\n"
-    found: list[Segment] = []
-
-    def put(field: str, content: str = "", system: str = "") -> None:
-        filled = {"{content}": content, "{system}": system and row.system.replace("{content}", system), "{gap}": gap}
-        for part in _split(field, row.tokens):
-            if part in row.tokens or part in ("{bos}", "{eos}"):
-                found.append(Segment(part, special=True))
-            elif found and not found[-1].special:  # plain text goes on: one text to the tokenizer
-                found.append(Segment(found.pop().text + filled.get(part, part)))
-            else:
-                found.append(Segment(filled.get(part, part)))
-
-    check_messages(messages)
-    system = row.default  # what the user's next turn has to carry
-    put(row.start)
-    for index, (message, content) in enumerate((message, message["content"]) for message in messages):
-        if message["role"] == "assistant":
-            put(row.opening)
-            trained = index >= train_from
-            found += [Segment(content, trained=trained), Segment(row.end, special=True, trained=trained)]
-            put(row.after)
-        elif message["role"] == "user":
-            if row.default_with_input and message.get("input"):
-                content = content[:-len(message["input"])] + "### Input:\n" + message["input"]
-                system = row.default_with_input if system == row.default else system
-            put(row.user, content, system)
-            system = ""
-        elif "{system}" not in row.user:
-            put(row.system, content)
-        elif [m["role"] for m in messages[index:index + 2]] == ["system", "user"]:
-            system = content
-        else:
-            raise ValueError(f"template {template!r} knows system messages only right before the user's")
-    if prompt:
-        put(row.opening)
-    return found
-
-
-def _ids(found: list[Segment], tokenizer) -> tuple[list[int], list[int]]:
-    ids: list[int] = []
-    mask: list[int] = []
-    for text, special, trained in found:
-        new = [_special_id(text, tokenizer)] if special else tokenizer.encode(text)  # text of special tokens stays text
-        new = [i for i in new if i is not None]
-        ids += new
-        mask += [int(trained)] * len(new)
-    return ids, mask
+    return i
 
 
 def render(messages: list[dict], tokenizer, template: str = "chatml", tools: list | None = None, *,
            train_from: int = 0) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and its loss mask, two lists of one length; mask 1: this token is to be predicted.
 
-    messages     [{"role": "system" | "user" | "assistant", "content": str}, ...]
+    messages     [{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...]; an assistant's may have
+                 "tool_calls", [{"id", "function": {"name", "arguments"}}], a tool's "tool_call_id" and "name"
+    tools        definitions, as OpenAI has them: [{"type": "function", "function": {"name", "description", ...}}, ...]
     train_from   assistant messages before this index are not trained: in preference pairs, those of the prompt
     ValueError   empty conversation, unknown role, the assistant never speaks, a token that the tokenizer has not, tools
+                 in a template without a form for them
     """
-    if tools:
-        raise ValueError("tools: no template here renders tool definitions")
     check_messages(messages, train_from)
     stop_ids(tokenizer, template)  # raises if there is no end token to train
-    return _ids(segments(messages, tokenizer, template, train_from=train_from), tokenizer)
+    found = segments(messages, tokenizer, template, tools, train_from=train_from)
+    return _ids(found, tokenizer, together=template == OWN)
 
 
-def render_prompt(messages: list[dict], tokenizer, template: str = "chatml") -> list[int]:
+def render_prompt(messages: list[dict], tokenizer, template: str = "chatml", tools: list | None = None) -> list[int]:
     """Ids of a conversation up to where the assistant begins to speak: exactly those that `render` puts before its
-    next answer."""
-    return _ids(segments(messages, tokenizer, template, prompt=True), tokenizer)[0]
+    next answer. (In Mistral's, tools and the system text beside them move to each new turn of the user's.)"""
+    return _ids(segments(messages, tokenizer, template, tools, prompt=True), tokenizer, together=template == OWN)[0]
 
 
 def truncate(ids: list[int], mask: list[int], max_length: int) -> tuple[list[int], list[int]] | None:
@@ -279,221 +530,15 @@ def check_messages(messages: list[dict], train_from: int | None = None) -> None:
     if not messages:
         raise ValueError("an empty conversation")
     for message in messages:
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"unknown role {message['role']!r} (known: system, user, assistant)")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"the content of a message must be text, not {_kind(message['content'])}")
+        role, content = message["role"], message.get("content")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"unknown role {role!r} (known: system, user, assistant, tool)")
+        calls = role == "assistant" and message.get("tool_calls")
+        if not isinstance(content, str) and not (role == "tool" and content is not None or calls and content is None):
+            raise ValueError("the content of a message must be text, not "
+                             + ("nothing" if content is None else type(content).__name__))
     if train_from is not None and all(message["role"] != "assistant" for message in messages[train_from:]):
         raise ValueError("the assistant never speaks: nothing to train on")
-
-
-# ---- rows of files -> conversations
-
-class Chat(NamedTuple):
-    name: str             # file:line
-    messages: list[dict]  # {"role", "content"}; the user's of an Alpaca row with an input has that as "input", too
-    tools: list | None = None
-
-
-class Preference(NamedTuple):
-    """One prompt and two ways to go on. A pair whose two are the same teaches nothing: skip and count it (`is_tie`)."""
-    name: str
-    prompt: list[dict]    # messages
-    chosen: list[dict]    # messages that follow the prompt, the first of them the assistant's
-    rejected: list[dict]
-
-    @property
-    def is_tie(self) -> bool:
-        return self.chosen == self.rejected
-
-
-def read_chats(sources: list[str]) -> Iterator[Chat]:
-    """Conversations of files and of all .json, .jsonl (.gz) files in folders, in order. A row may have
-
-        messages                          OpenAI:    [{"role": "user", "content": ...}, ...]
-        conversations                     ShareGPT:  [{"from": "human", "value": ...}, ...]
-        instruction, input, output        Alpaca; the user says instruction, blank line, input
-        instruction, instances            self-instruct: one conversation per instance, {"input", "output"}
-        prompt, completion                texts or messages
-        chosen, rejected                  a preference row without an output: its chosen side
-
-    and besides `system` (text) and `tools`. OSError or ValueError, naming file and line, when what is wrong is reached.
-    """
-    for name, row in _rows(sources):
-        for messages in _named(name, _chats, row):
-            yield Chat(name, messages, row.get("tools") or None)
-
-
-def read_preferences(sources: list[str]) -> Iterator[Preference]:
-    """Preference pairs of files and folders. A row has `chosen` and `rejected`, each a text, a message or messages, and
-    `prompt` (text or messages), `conversations`, `messages` or `instruction` (`input`); if it has no `chosen`, `output`
-    is it. Without a prompt both are whole conversations, lists of messages or HH transcripts ("Human: ... Assistant:
-    ..."): what they have in common, up to a turn of the assistant's, is the prompt. Errors as in `read_chats`.
-    To score a pair: render(prompt + chosen, tokenizer, template, train_from=len(prompt))."""
-    for name, row in _rows(sources):
-        yield Preference(name, *_named(name, _preference, row))
-
-
-def _named(name: str, function, row: dict):
-    try:
-        return function(row)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _chats(row: dict) -> list[list[dict]]:
-    if "rejected" in row and "output" not in row or "rejected_messages" in row:
-        prompt, chosen, _ = _preference(row)
-        return [prompt + chosen]
-    field = _field(row)
-    if field == "instruction":
-        instances = row.get("instances", [row])
-        if not isinstance(instances, list) or not all(isinstance(one, dict) for one in instances) or not instances:
-            raise ValueError('"instances" must be a list of objects with input and output')
-        found = [_prompt(row | one) + _dialogue(one.get("output"), "assistant", "output") for one in instances]
-    else:
-        answer = _dialogue(row.get("completion"), "assistant", "completion") if field == "prompt" else []
-        found = [_prompt(row) + answer]
-    for messages in found:
-        check_messages(messages, train_from=0)
-    return found
-
-
-def _preference(row: dict) -> tuple[list[dict], list[dict], list[dict]]:
-    sides = []
-    for side, other in (("chosen", "output"), ("rejected", "rejected")):
-        value = row.get(side, row.get(f"{side}_messages", row.get(other)))
-        sides.append(_dialogue(value, "assistant", side))
-    prompt = []
-    if sides[0][:1] and sides[0][0]["role"] == "assistant":  # answers only
-        prompt = _prompt(row)
-    else:  # whole conversations
-        common = 0
-        while common < min(map(len, sides)) and sides[0][common] == sides[1][common]:
-            common += 1
-        while common and not all(side[common:] and side[common]["role"] == "assistant" for side in sides):
-            common -= 1
-        prompt, sides = sides[0][:common], [side[common:] for side in sides]
-    if not prompt:
-        raise ValueError("chosen and rejected have no prompt: none is given, and they do not begin alike")
-    for side, messages in zip(("chosen", "rejected"), sides):
-        if not messages or messages[0]["role"] != "assistant":
-            raise ValueError(f'"{side}" does not go on from the prompt with a turn of the assistant')
-    return prompt, *sides
-
-
-def _field(row: dict) -> str:
-    """The field that holds the conversation, or its beginning."""
-    for field in ("messages", "conversations", "instruction", "prompt"):
-        if field in row:
-            return field
-    raise ValueError("no conversation in this row: expected messages, conversations, instruction and output, or prompt "
-                     f"and completion (or chosen and rejected); found {', '.join(row) or 'nothing'}")
-
-
-def _prompt(row: dict) -> list[dict]:
-    """What comes before the answer; of `messages` and `conversations`, everything."""
-    field = _field(row)
-    messages = _dialogue(row[field], "user", field)
-    if field == "instruction" and row.get("input"):
-        given = _text(row["input"], "input")
-        messages = [{"role": "user", "content": messages[0]["content"] + "\n\n" + given, "input": given}]
-    if row.get("system"):
-        messages = [{"role": "system", "content": _text(row["system"], "system")}, *messages]
-    return messages
-
-
-def _dialogue(value, role: str, field: str) -> list[dict]:
-    """Messages of a field: a text of `role`'s, an HH transcript, one message, or a list of messages."""
-    if isinstance(value, str):
-        text = _text(value, field)
-        if not text.startswith("\n\nHuman:"):
-            return [{"role": role, "content": text}]
-        parts = re.split(r"\n\n(Human|Assistant):", text)
-        turns = [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
-                 for who, said in zip(parts[1::2], parts[2::2])]
-        return turns[:-1] if role == "user" and not turns[-1]["content"] else turns  # a prompt that ends "Assistant:"
-    if not isinstance(value, (dict, list)):
-        raise ValueError(f'"{field}" must be a text or messages, not {_kind(value)}')
-    messages = []
-    for message in [value] if isinstance(value, dict) else value:
-        if not isinstance(message, dict):
-            raise ValueError(f'"{field}": a message must be an object with role and content, not {_kind(message)}')
-        who = message.get("role", message.get("from"))
-        if not isinstance(who, str) or who not in ROLES:
-            raise ValueError(f"unknown role {who!r} (known: {', '.join(ROLES)})")
-        messages.append({"role": ROLES[who], "content": _text(message.get("content", message.get("value")), "content")})
-    return messages
-
-
-def _text(value, field: str) -> str:
-    if isinstance(value, list):  # OpenAI's parts: [{"type": "text", "text": ...}]
-        parts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in value]
-        value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
-    if not isinstance(value, str):
-        raise ValueError(f'"{field}" must be text, not {_kind(value)}')
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):  # legal JSON, but no text: cannot be UTF-8
-        raise ValueError(f'"{field}" holds half of a surrogate pair')
-    return value
-
-
-def _kind(value) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
-def _rows(sources: list[str]) -> Iterator[tuple[str, dict]]:
-    """(file:line, object) of every row; all sources are checked to exist before the first is read."""
-    files: list[Path] = []
-    for source in map(Path, sources):
-        inside = sorted(p for p in source.rglob("*") if p.name.endswith(ENDINGS) and not p.name.startswith("."))
-        if not source.exists():
-            raise FileNotFoundError(f"{source}: no such file or folder")
-        if not (inside if source.is_dir() else source.name.endswith(ENDINGS)):
-            raise ValueError(f"{source}: {'no file' if source.is_dir() else 'not a kind'} of {', '.join(ENDINGS)}")
-        files += inside if source.is_dir() else [source]
-    for path in files:
-        rows = 0
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            try:
-                for number, data in enumerate(file if ".jsonl" in path.name else [file.read()], 1):
-                    for line, row in _values(data, path, number):
-                        if not isinstance(row, dict):
-                            raise ValueError(f"{path}:{line}: expected a JSON object, found {_kind(row)}")
-                        yield f"{path}:{line}", row
-                        rows += 1
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(f"{path}: damaged gzip file ({error})") from None
-        if not rows:
-            raise ValueError(f"{path}: the file holds no rows")
-
-
-def _values(data: bytes, path: Path, line: int) -> Iterator[tuple[int, object]]:
-    """(line, value) of the JSON values in `data`, which begins at `line`: the elements of one array, or values that
-    follow one another. A long array is not parsed at once, so that each element's line is known."""
-    try:
-        text = data.decode("utf-8-sig").rstrip()
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
-
-    def skip_blank(at: int) -> int:
-        return re.compile(r"\s*").match(text, at).end()
-
-    at, counted = skip_blank(0), 0
-    end = "]" if text[at:at + 1] == "[" else ""
-    at = skip_blank(at + len(end))
-    while text[at:at + 1] != end:
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = json.JSONDecoder().raw_decode(text, at)
-            begins, at = line, skip_blank(at)
-            if end and text[at:at + 1] not in (",", end):
-                raise json.JSONDecodeError("Expecting a comma or the end of the list", text, at)
-        except (ValueError, RecursionError) as error:
-            line += text.count("\n", counted, getattr(error, "pos", at))
-            raise ValueError(f"{path}:{line}: malformed JSON ({getattr(error, 'msg', error)})") from None
-        yield begins, value
-        at = skip_blank(at + 1) if end and text[at] == "," else at
 
 
 # ---- the command
@@ -513,13 +558,22 @@ def show(ids: list[int], mask: list[int], tokenizer, colour: bool) -> str:
     return "".join(parts).replace("\033[0m\033[32m" if colour else "]][[", "")
 
 
+def __getattr__(name: str):  # from data.chat import read_chats
+    from data import chat_files
+
+    if name not in ("Chat", "Preference", "read_chats", "read_preferences"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(chat_files, name)
+
+
 def main():
+    from data.chat_files import read_chats
     from data.tokenizer import BPETokenizer, load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="files or folders of conversations")
     parser.add_argument("--show_mask", action="store_true", help="print the conversations, what is trained in green")
-    parser.add_argument("--template", default="chatml", choices=TEMPLATES)
+    parser.add_argument("--template", default="chatml", choices=[*TEMPLATES, OWN])
     parser.add_argument("--tokenizer", help="a tokenizer's file or folder (default: one token per byte)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N conversations (0: all)")
     args = parser.parse_args()
@@ -529,8 +583,8 @@ def main():
         print(f"tokenizer: without {' '.join(added)}, added for this display")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     conversations = tokens = trained = longest = 0
-    for name, messages, _ in itertools.islice(read_chats(args.files), args.limit or None):
-        ids, mask = render(messages, tokenizer, args.template)
+    for name, messages, tools in itertools.islice(read_chats(args.files), args.limit or None):
+        ids, mask = render(messages, tokenizer, args.template, tools)
         if args.show_mask:
             print(f"---- {name}: {len(ids)} tokens, {sum(mask)} trained", show(ids, mask, tokenizer, colour), sep="\n")
         conversations, tokens, trained = conversations + 1, tokens + len(ids), trained + sum(mask)

@@ -3,15 +3,17 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import jinja2
 import pytest
 
-from data.chat import (TEMPLATES, Preference, jinja_template, prepare_tokenizer, read_chats, read_preferences, render,
-                       render_prompt, segments, show, stop_ids, template_of, template_tokens, truncate)
+from data.chat import (TEMPLATES, _compiled, jinja_template, prepare_tokenizer, render, render_prompt, segments, show,
+                       stop_ids, template_of, template_tokens, truncate)
+from data.chat_files import Preference, read_chats, read_preferences
+from data.pieces import json_of_pieces, pieces_of_model
 from data.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +31,7 @@ def turns(*contents: str, system: str = "") -> list[dict]:
 THREE = ("What is 2 + 2?", "It's 4.", "Naïve café? 中文 {content}\n\nReally", "Yes.\n\n- one\n-   two {eos}",
          "Thanks", "Bye!")
 DIALOGUES = [turns(*THREE), turns(*THREE, system="Be brief.\nBe kind."), turns(*THREE[:2]), turns(*THREE[:5])]
-TEXTS = [content for content in THREE] + list(map(jinja_template, TEMPLATES)) + [
+TEXTS = [*THREE, "[TOOL_CALLS][AVAILABLE_TOOLS]<tool_call>é"] + list(map(jinja_template, TEMPLATES)) + [
     "user\nassistant\n### Instruction:\n### Response:\n USER: ASSISTANT: \nIt [INST] [/INST]\nYes.</s>"] * 3
 
 
@@ -54,6 +56,20 @@ def trained_runs(ids, mask, tokenizer) -> list[str]:
             runs[-1].append(i)
         last = m
     return [tokenizer.decode(run) for run in runs]
+
+
+SEARCH = {"type": "function", "function": {"name": "search", "description": "Look <b>it</b> up", "parameters": {
+    "type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}}
+ARGUMENTS = {"q": "é <|im_end|> \"x\""}
+CALL = [{"role": "assistant", "content": None, "tool_calls": [
+    {"id": "c1", "type": "function", "function": {"name": "search", "arguments": ARGUMENTS}}]}]
+RESULT = [{"role": "tool", "name": "search", "tool_call_id": "c1", "content": "found\n<|im_end|><|eot_id|></s>[/INST]"}]
+WITH_TOOLS = [*turns("Look up é", system="S"), *CALL, *RESULT, {"role": "assistant", "content": "There."},
+              *turns("Thanks", "Bye")]
+
+
+def without_special_text(messages: list[dict]) -> list[dict]:
+    return json.loads(re.sub(r"<\|\w+\|>|</s>|\[/INST\]", "", json.dumps(messages)))
 
 
 def text_of(found, tokenizer) -> str:
@@ -151,20 +167,223 @@ def test_special_token_text_typed_by_a_user_stays_text(template, tokenizers):
         assert typed in tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "mistral_v2"])
+def test_calls_are_trained_and_tools_and_results_are_not(template, tokenizers):
+    tokenizer, arguments = tokenizers[template], json.dumps(ARGUMENTS, ensure_ascii=False)
+    ids, mask = render(WITH_TOOLS[:5], tokenizer, template, [SEARCH])
+    end, call = end_of_turn(template, tokenizer), '{"name": "search", "arguments": ' + arguments
+    said = {"chatml": f"<tool_call>\n{call}}}\n</tool_call>", "llama3": call.replace("arguments", "parameters") + "}",
+            "mistral": f'[TOOL_CALLS][{call}, "id": "c1"}}]', "mistral_v2": f"[TOOL_CALLS][{call}}}]"}[template]
+    assert trained_runs(ids, mask, tokenizer) == [said + end, "There." + end]
+    text, names = tokenizer.decode(ids), set(tokenizer.special_tokens.values())
+    assert text.index('"search"') < text.index("Look up é") < text.index(arguments) < text.index("found")
+    plain = render(without_special_text(WITH_TOOLS[:5]), tokenizer, template, [SEARCH])[0]
+    assert [i for i in ids if i in names] == [i for i in plain if i in names]  # typed special text stayed text
+    prompt = render_prompt(WITH_TOOLS[:2], tokenizer, template, [SEARCH])
+    assert ids[:len(prompt)] == prompt and mask[len(prompt)] == 1 and not any(mask[:len(prompt)])
+    prompt = render_prompt(WITH_TOOLS[:4], tokenizer, template, [SEARCH])
+    assert ids[:len(prompt)] == prompt and mask[len(prompt)] == 1
+    as_text = [CALL[0] | {"tool_calls": [{"id": "c1", "function": {"name": "search", "arguments": arguments}}]}]
+    assert render(WITH_TOOLS[:2] + as_text + WITH_TOOLS[3:5], tokenizer, template, [SEARCH]) == (ids, mask)
+
+
+def test_tools_are_told_as_qwen_and_llama_tell_them(tokenizers):
+    """The text of their published templates, typed by hand; two calls and two results at once in Qwen's."""
+    tool, said = json.dumps(SEARCH), '{"name": "search", "arguments": {"q": "a"}}'
+    call = {"function": {"name": "search", "arguments": {"q": "a"}}}
+    twice = [{"role": "assistant", "content": "Wait", "tool_calls": [call, call]},
+             {"role": "tool", "content": "one"}, {"role": "tool", "content": {"n": 2}}]
+    tail = ("<|im_start|>assistant\nWait\n<tool_call>\n%s\n</tool_call>\n<tool_call>\n%s\n</tool_call><|im_end|>\n"
+            "<|im_start|>user\n<tool_response>\none\n</tool_response>\n<tool_response>\n{\"n\": 2}\n</tool_response>"
+            "<|im_end|>\n<|im_start|>assistant\nDone<|im_end|>\n") % (said, said)
+    system = ("# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
+              "function signatures within <tools></tools> XML tags:\n<tools>\n" + tool + "\n</tools>\n\nFor each "
+              "function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
+              'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+              "<|im_end|>\n")
+    for given, before in (("", ""), ("S", "S\n\n")):
+        ids, _ = render(turns("U", system=given) + twice + turns("x", "Done")[1:], tokenizers["chatml"], tools=[SEARCH])
+        assert tokenizers["chatml"].decode(ids) == (
+            f"<|im_start|>system\n{before}{system}<|im_start|>user\nU<|im_end|>\n" + tail)
+    head = "<|start_header_id|>%s<|end_header_id|>\n\n"
+    ids, _ = render([*turns("U", system="S"), twice[0] | {"content": "", "tool_calls": [call]}, twice[1],
+                     *turns("x", "Done", "V", "W")[1:]], tokenizers["llama3"], "llama3", [SEARCH])
+    assert tokenizers["llama3"].decode(ids) == (
+        "<|begin_of_text|>" + head % "system" + "Environment: ipython\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\nS<|eot_id|>" + head % "user" + "Given the following functions, please respond "
+        "with a JSON for a function call with its proper arguments that best answers the given prompt.\n\nRespond in "
+        'the format {"name": function name, "parameters": dictionary of argument name and its value}.Do not use '
+        "variables.\n\n" + json.dumps(SEARCH, indent=4) + "\n\nU<|eot_id|>" + head % "assistant"
+        + '{"name": "search", "parameters": {"q": "a"}}<|eot_id|>' + head % "ipython" + '"one"<|eot_id|>'
+        + head % "assistant" + "Done<|eot_id|>" + head % "user" + "V<|eot_id|>" + head % "assistant" + "W<|eot_id|>")
+
+
+@pytest.mark.parametrize("template, messages, message", [
+    ("vicuna", WITH_TOOLS, "template 'vicuna' has no form for tools"),
+    ("llama3", [*turns("a"), CALL[0] | {"content": "Wait"}], "one tool call at a time, and no text beside it"),
+    ("llama3", [*turns("a"), CALL[0] | {"tool_calls": CALL[0]["tool_calls"] * 2}], "one tool call at a time"),
+    ("mistral", [*turns("a"), CALL[0] | {"content": "Wait"}], "no text beside a tool call"),
+    ("chatml", [*turns("a"), {"role": "assistant", "content": None, "tool_calls": [
+        {"function": {"name": "f", "arguments": "no json"}}]}], "must be a JSON object, not 'no json'"),
+    ("chatml", [*turns("a", "\ufdd1")], "noncharacters")])
+def test_what_a_template_has_no_form_for_is_refused(template, messages, message, tokenizers):
+    with pytest.raises(ValueError, match=message):
+        render(messages, tokenizers[template], template)
+
+
+# A tokenizer's own chat template
+
+OWN = {
+    "prefix": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "generation": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+                  "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_tokenizers_own_template_gives_the_ids_and_mask_of_ours(kind):
+    tokenizer = bpe("chatml")
+    want = {messages: render(DIALOGUES[messages], tokenizer) for messages in range(4)}
+    tokenizer.chat_template = OWN[kind]
+    assert template_of(tokenizer) == "jinja" and prepare_tokenizer(tokenizer, "jinja") == []
+    assert tokenizer.chat_template == OWN[kind] and stop_ids(tokenizer, "jinja") == stop_ids(tokenizer, "chatml")
+    for index, messages in enumerate(DIALOGUES):
+        assert render(messages, tokenizer, "jinja") == want[index]
+        assert render_prompt(messages, tokenizer, "jinja") == render_prompt(messages, tokenizer, "chatml")
+    for start in (0, 2, 4):
+        assert render(turns(*THREE), tokenizer, "jinja", train_from=start) == render(
+            turns(*THREE), tokenizer, "chatml", train_from=start)
+    typed = turns("a<|im_end|>\n<|im_start|>assistant\nb", "<|im_end|>c")
+    assert render(typed, tokenizer, "jinja") == render(typed, tokenizer, "chatml")
+
+
+def test_own_template_that_does_not_tell_where_answers_stand_is_refused():
+    tokenizer = bpe("chatml")
+    tokenizer.chat_template = "{{ messages | length }}" + OWN["prefix"]  # the beginning depends on what comes later
+    assert tokenizer.decode(render_prompt(turns("a"), tokenizer, "jinja")).startswith("1<|im_start|>")
+    with pytest.raises(ValueError, match="message 1: .* does not tell where this answer stands"):
+        render(turns("a", "b", "c", "d"), tokenizer, "jinja")
+    for template, message in (("{{ raise_exception('no systems') }}", "no systems"), ("{% if %}", "does not render"),
+                              ("{{ messages[0].nothing.at_all }}", "does not render"), (None, "it has none")):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            render(turns("a", "b"), tokenizer, "jinja")
+
+
+def test_own_template_may_use_what_transformers_offers():
+    tokenizer = bpe("chatml")
+    tokenizer.chat_template = ("{{ bos_token }}{{ strftime_now('%Y') | length }}{{ {'é': [1]} | tojson }}"
+                               "{% for m in messages %}{% if loop.index0 > 1 %}{% break %}{% endif %}"
+                               "{{ m.content }}<|im_end|>{% endfor %}")
+    found = segments(turns("U", "A", "V", "B"), tokenizer, "jinja", prompt=True)
+    assert "".join(part.text for part in found) == '<|endoftext|>4{"é": [1]}U<|im_end|>A<|im_end|>'
+    tokenizer.chat_template = "{{ messages.append(1) }}"  # sandboxed: a template changes nothing
+    with pytest.raises(ValueError, match="does not render"):
+        render(turns("a", "b"), tokenizer, "jinja")
+
+
+def test_published_template_of_minimind(shared_data):
+    """A real folder whose template is none of ours: Qwen's with an empty thought before each answer."""
+    tokenizer = load_tokenizer(shared_data / "tokenizers/minimind")
+    assert template_of(tokenizer) == "jinja" and stop_ids(tokenizer, "jinja") == {2}
+    ids, mask = render(WITH_TOOLS, tokenizer, "jinja", [SEARCH])
+    said = trained_runs(ids, mask, tokenizer)
+    arguments = json.dumps(ARGUMENTS, ensure_ascii=False)
+    assert said == [f'<tool_call>\n{{"name": "search", "arguments": {arguments}}}\n</tool_call><|im_end|>',
+                    "There.<|im_end|>", "Bye<|im_end|>"]
+    thought = tokenizer.decode(ids).replace("<think>\n\n</think>\n\n", "")
+    prepare_tokenizer(tokenizer, "chatml")
+    assert thought == tokenizer.decode(render(WITH_TOOLS, tokenizer, "chatml", [SEARCH])[0])  # ours is Qwen's else
+
+
+@pytest.mark.parametrize("kind", ["minimind", "legacy", "first"])
+def test_own_template_gives_transformers_ids(kind, shared_data, tmp_path):
+    """minimind's, and Llama 2's, whose answer follows text, over tokenizers that put a blank before a text."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' apply_chat_template")
+    folder = shared_data / "tokenizers/minimind"
+    if kind != "minimind":
+        data = json_of_pieces(pieces_of_model((shared_data / "tokenizers/mistral/tokenizer.model.v1").read_bytes()))
+        if kind == "first":
+            data |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁",
+                                                           "prepend_scheme": "first", "split": False}}
+        template = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+                    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+        (folder := tmp_path).joinpath("tokenizer.json").write_text(json.dumps(data))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    cases = [(messages, None) for messages in DIALOGUES if kind == "minimind" or messages[0]["role"] == "user"]
+    for messages, tools in cases + [(without_special_text(WITH_TOOLS), [SEARCH])] * (kind == "minimind"):
+        ids, mask = render(messages, ours, "jinja", tools)
+        assert ids == theirs.apply_chat_template(messages, tools=tools, return_dict=False)
+        assert render_prompt(messages, ours, "jinja", tools) == theirs.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, return_dict=False)
+        assert sum(ids[i] in stop_ids(ours, "jinja") and m for i, m in enumerate(mask)) == sum(
+            m["role"] == "assistant" for m in messages)
+
+
 # Published ids, and the field's own renderings
 
-@pytest.mark.parametrize("model, version", [("tokenizer.model.v1", "v1"),
-                                            ("mistral_instruct_tokenizer_240323.model.v3", "v3")])
-def test_mistrals_published_sample_token_for_token(model, version, shared_data):
-    folder = shared_data / "tokenizers/mistral"
+MISTRALS = {"v1": ("tokenizer.model.v1", "mistral"), "v2": ("mistral_instruct_tokenizer_240323.model.v3", "mistral_v2"),
+            "v3": ("mistral_instruct_tokenizer_240323.model.v3", "mistral")}
+SAMPLES = ["get_weather_full", "get_weather_no_history", "get_weather_no_system_prompt", "no_tools", "parallel_calls",
+           "several_calls"]
+
+
+@pytest.mark.parametrize("version", MISTRALS)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_mistrals_published_samples_token_for_token(name, version, shared_data):
+    """System messages, tools, calls and results; trained are the answers and calls, each with its end, nothing else."""
+    folder, (model, template) = shared_data / "tokenizers/mistral", MISTRALS[version]
+    sample = folder / "samples" / name
+    if version == "v1" and name != "no_tools":
+        assert not (sample / "tokens_v1.json").exists()  # Mistral's first version knows no tools
+        return
     tokenizer = load_tokenizer(folder / model)
-    assert prepare_tokenizer(tokenizer, "mistral") == []
-    messages = json.loads((folder / "samples/no_tools/sample.json").read_text())["messages"]
-    published = json.loads((folder / f"samples/no_tools/tokens_{version}.json").read_text())["tokens"]
-    ids, mask = render(messages, tokenizer, "mistral")
-    assert ids == published == render_prompt(messages, tokenizer, "mistral")
-    assert trained_runs(ids, mask, tokenizer) == [m["content"] for m in messages if m["role"] == "assistant"]
-    assert sum(i == tokenizer.eos_token_id for i, m in zip(ids, mask) if m) == 3
+    assert prepare_tokenizer(tokenizer, template) == []
+    chat, published = (json.loads((sample / file).read_text()) for file in ("sample.json", f"tokens_{version}.json"))
+    messages, tools = chat["messages"], chat.get("tools")
+    ids, mask = render(messages, tokenizer, template, tools)
+    assert ids == published["tokens"] == render_prompt(messages, tokenizer, template, tools)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    runs = trained_runs(ids, mask, tokenizer)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and message.get("tool_calls") and (index > last or version == "v3"):
+            calls = [call["function"] for call in message["tool_calls"]]
+            said = json.loads(runs.pop(0).removeprefix("[TOOL_CALLS]").strip())
+            assert [(call["name"], call["arguments"]) for call in said] == [
+                (call["name"], json.loads(call["arguments"])) for call in calls]
+        elif message["role"] == "assistant" and not message.get("tool_calls"):
+            assert runs.pop(0) == message["content"]
+    assert runs == []
+    trained = [i for i, m in zip(ids, mask) if m]
+    assert trained.count(tokenizer.eos_token_id) == ids.count(tokenizer.eos_token_id)
+    assert {tokenizer.special_tokens.get(mark) for mark in ("[TOOL_RESULTS]", "[/AVAILABLE_TOOLS]", "[INST]")} - {
+        None} & set(trained) == set()
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral"])
+def test_published_samples_in_files_are_read_with_their_tools(template, shared_data, tmp_path):
+    """Calls and results of a file reach the template: what mistral-common's samples hold, and the same in ShareGPT."""
+    path = shared_data / "tokenizers/mistral/samples/several_calls/sample.json"
+    raw = json.loads(path.read_text())
+    chat, = read_chats([str(path)])
+    assert chat.tools == raw["tools"]
+    share = [{"from": "human", "value": m["content"]} if m["role"] == "user" else
+             {"from": "function_call", "value": json.dumps(m["tool_calls"][0]["function"])} if m.get("tool_calls") else
+             {"from": {"tool": "observation", "assistant": "gpt"}[m["role"]], "value": m["content"]}
+             for m in raw["messages"]]
+    row = {"conversations": share, "tools": json.dumps(raw["tools"])}
+    again, = read_chats([write(tmp_path / "a.jsonl", row)])
+    tokenizer = bpe(template)
+    if template == "mistral":  # which names calls by ids: ShareGPT has none
+        assert "123456789" in tokenizer.decode(render(chat.messages, tokenizer, template, chat.tools)[0])
+        return
+    ids, mask = render(chat.messages, tokenizer, template, chat.tools)
+    assert (ids, mask) == render(again.messages, tokenizer, template, again.tools)
+    assert ids == render(raw["messages"], tokenizer, template, raw["tools"])[0]
 
 
 def test_text_templates_over_sentencepiece_are_as_published(shared_data):
@@ -193,6 +412,7 @@ def test_rendered_text_is_the_templates_published_form(template, tokenizers):
         "llama3": "<|begin_of_text|>" + "".join(llama3.format(*turn) for turn in (
             ("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V"), ("assistant", "B"))),
         "mistral": f"{end}[INST]S\n\nU[/INST]A{end}[INST]V[/INST]B{end}",
+        "mistral_v2": f"{end}[INST]S\n\nU[/INST]A{end}[INST]V[/INST]B{end}",
         "vicuna": f"{end}{head} USER: U ASSISTANT:\nA{end}USER: V ASSISTANT:\nB{end}",
         "alpaca": f"{end}{head}\n\n### Instruction:\nU\n\n### Response:\nA{end}\n\n### Instruction:\nV\n\n"
                   f"### Response:\nB{end}",
@@ -208,7 +428,7 @@ def test_rendered_text_is_the_templates_published_form(template, tokenizers):
 def test_jinja_text_renders_what_the_segments_join_to(template, messages, tokenizers):
     tokenizer = tokenizers[template]
     assert tokenizer.chat_template == jinja_template(template)
-    jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(jinja_template(template))
+    jinja = _compiled(jinja_template(template))
     end = "<|endoftext|>"
     for prompt in (False, True):
         ours = text_of(segments(messages, tokenizer, template, prompt=prompt), tokenizer)
@@ -219,7 +439,7 @@ def test_jinja_text_renders_alpacas_input():
     tokenizer = bpe("alpaca")
     message = {"role": "user", "content": "Add.\n\n2 and 2", "input": "2 and 2"}
     messages = [message, {"role": "assistant", "content": "4"}, message | {"content": "Sub\n\n2 and 2"}]
-    jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(jinja_template("alpaca"))
+    jinja = _compiled(jinja_template("alpaca"))
     text = jinja.render(messages=messages, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     assert text == tokenizer.decode(render(messages, tokenizer, "alpaca")[0])
     first = "\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 2\n\n### Response:\n4<|endoftext|>"
@@ -240,6 +460,13 @@ def test_hugging_face_gives_the_same_ids_from_our_folder(template, pattern, tmp_
         assert theirs.apply_chat_template(messages, return_dict=False) == render(messages, tokenizer, template)[0]
         assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == render_prompt(
             messages, tokenizer, template)
+    if TEMPLATES[template].tools:
+        clean, how = without_special_text(WITH_TOOLS), {"tools": [SEARCH], "return_dict": False}
+        for messages in (clean, clean[1:5], clean[:2]):
+            if messages[-1]["role"] == "assistant":
+                assert theirs.apply_chat_template(messages, **how) == render(messages, tokenizer, template, [SEARCH])[0]
+            prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, **how)
+            assert prompt == render_prompt(messages, tokenizer, template, [SEARCH])
 
 
 # Tokenizers
@@ -321,8 +548,8 @@ def test_system_text_and_tools_of_a_row(tmp_path):
     chats = list(read_chats([write(tmp_path / "a.jsonl", *rows)]))
     assert [c.messages for c in chats] == [turns("U", "A", system="S")] * 3
     assert [c.tools for c in chats] == [None, None, [{"name": "t"}]]
-    with pytest.raises(ValueError, match="tools"):
-        render(chats[2].messages, bpe("chatml"), tools=chats[2].tools)
+    with pytest.raises(ValueError, match="template 'vicuna' has no form for tools"):
+        render(chats[2].messages, bpe("vicuna"), "vicuna", tools=chats[2].tools)
 
 
 def test_files_of_every_kind_in_a_folder(tmp_path):
@@ -479,7 +706,8 @@ def test_missing_sources_are_named_before_anything_is_read(tmp_path):
 def test_render_refuses_what_it_cannot_train_on(tokenizers):
     tokenizer = tokenizers["chatml"]
     for messages, message in (([], "empty conversation"), (turns("a"), "never speaks"),
-                              ([{"role": "tool", "content": "a"}], "unknown role 'tool'"),
+                              ([{"role": "ipython", "content": "a"}], "unknown role 'ipython'"),
+                              ([*turns("a"), *CALL, turns("x")[0] | {"content": None}], "must be text, not nothing"),
                               ([{"role": "user", "content": None}], "must be text, not nothing")):
         with pytest.raises(ValueError, match=message):
             render(messages, tokenizer)
