@@ -48,6 +48,8 @@ def gathered(x: Tensor, group) -> Tensor:
 def scattered(x: Tensor, group) -> Tensor:
     """(B, S, ...) terms of a sum -> this rank's positions of the sum (B, S / t, ...)."""
     t = dist.get_world_size(group)
+    if x.shape[1] % t:
+        raise ValueError(f"sequence parallelism: sequence length {x.shape[1]} is no multiple of tp {t}")
     part = x.new_empty(x.shape[0], x.shape[1] // t, *x.shape[2:])
     dist.reduce_scatter_tensor(part, torch.cat(x.chunk(t, dim=1)), dist.ReduceOp.SUM, group)
     return part

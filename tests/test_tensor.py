@@ -177,6 +177,16 @@ def test_fewer_key_heads_than_ranks_are_refused_with_one_line():
                             "tp 4 does not divide moe_intermediate_size 6; these would: 1, 2"]
 
 
+def odd_length(world):
+    model = tensor.tensor_parallel(tiny_model(), GROUP(), sequence_parallel=True)
+    with pytest.raises(ValueError, match="sequence parallelism: sequence length 7 is no multiple of tp 2"):
+        model(torch.zeros(1, 7, dtype=torch.long))
+
+
+def test_sequence_length_that_does_not_divide_is_refused():
+    run_on(2, odd_length)
+
+
 def masks(world):
     """What dropout draws: on replicated activations, inside own_randomness, and again after it."""
     drop = lambda: F.dropout(torch.ones(64), 0.5)  # noqa: E731
