@@ -184,7 +184,8 @@ def pieces_of_json(data: dict) -> Pieces:
         tokens = [by_id.get(i, f"[PAD{i}]") for i in range(max(by_id) + 1)]
         unknown, steps = data["model"]["unk_token"], json.dumps(data["normalizer"]) + json.dumps(data["pre_tokenizer"])
         add_prefix = any(f'"{word}"' in steps for word in ("Prepend", "first", "always"))  # the last two: prepend_scheme
-        single = (data.get("post_processor") or {}).get("single") or [{}]
+        post = data.get("post_processor") or {}  # which may be a Sequence, one step of which is a template
+        single = next((step["single"] for step in post.get("processors", [post]) if step.get("single")), [{}])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a tokenizer.json of a BPE with byte fallback: {error}") from None
     rank = {}

@@ -8,6 +8,7 @@ import sentencepiece
 
 from data.pieces import (BYTE, BYTES, CONTROL, NORMAL, UNKNOWN, Pieces, encode, json_of_pieces, llama2c_of_pieces,
                          model_of_pieces, pieces_of_json, pieces_of_llama2c, pieces_of_model)
+from data.tokenizer import load_tokenizer
 
 WORDS = ["▁", "t", "h", "e", "▁t", "he", "▁the", "n", "▁then", "é", "aa", "a"]
 SMALL = Pieces(["<unk>", "<s>", "</s>", *BYTES, *WORDS], [0.0] * 259 + [-float(i) for i in range(len(WORDS))],
@@ -63,6 +64,20 @@ def test_every_file_gives_the_pieces_back():
     back = pieces_of_json(json_of_pieces(SMALL))
     assert back._replace(scores=[]) == SMALL._replace(scores=[], ids={"unk": 0, "bos": 1})  # scores become ranks
     assert all(encode(back, text) == encode(SMALL, text) for text in fuzz())
+
+
+def test_json_read_as_a_tokenizer_gives_the_same_ids_and_the_pieces_back(tmp_path):
+    """The file that data/tokenizer.py writes for it, too, and one whose BOS stands in a Sequence, as in Llama 3's."""
+    data = json_of_pieces(SMALL)
+    sequence = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, data["post_processor"]]}
+    for post_processor in (data["post_processor"], sequence):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"post_processor": post_processor}), encoding="utf-8")
+        tokenizer = load_tokenizer(tmp_path)
+        tokenizer.save(tmp_path)
+        pieces = pieces_of_json(json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")))
+        assert pieces._replace(scores=[]) == SMALL._replace(scores=[], ids={"unk": 0, "bos": 1})
+        for text in fuzz():
+            assert tokenizer.encode(text) == encode(SMALL, text) == encode(pieces, text), text
 
 
 def test_json_equals_the_tokenizers_package():
