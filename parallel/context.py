@@ -70,13 +70,14 @@ def split_batch(input_ids: Tensor, labels: Tensor, group, method: str, cu_seqlen
     labels[i] is the token after input_ids[i], shifted before this split: at a piece's end it lies in another rank's.
     Positions are global, and restart in each document, as RoPE has them in one process. cu_seqlens stays whole.
     """
+    if group is None:
+        return dict(input_ids=input_ids, cu_seqlens=cu_seqlens), labels
     B, S = input_ids.shape
     positions = torch.arange(S, device=input_ids.device).expand(B, S)
     if cu_seqlens is not None:
         positions = positions - document_starts(cu_seqlens, B, S)
-    if group is not None:
-        input_ids, positions, labels = (
-            split(x, dist.get_rank(group), dist.get_world_size(group), method) for x in (input_ids, positions, labels))
+    input_ids, positions, labels = (
+        split(x, dist.get_rank(group), dist.get_world_size(group), method) for x in (input_ids, positions, labels))
     return dict(input_ids=input_ids, position_ids=positions, cu_seqlens=cu_seqlens), labels
 
 

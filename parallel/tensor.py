@@ -191,7 +191,7 @@ def tensor_parallel(model: nn.Module, group, sequence_parallel: bool = False) ->
     if group is None:
         return model
     t, rank, c = dist.get_world_size(group), dist.get_rank(group), model.config
-    check_divisible(model, t)
+    check(model, t)
     if sequence_parallel and any(hasattr(layer.mlp, "experts") for layer in model.model.layers):
         raise ValueError("sequence parallelism cannot cut layers with experts; take tp without it, or ep")
 
@@ -265,11 +265,15 @@ def tensor_parallel(model: nn.Module, group, sequence_parallel: bool = False) ->
     return model
 
 
-def check_divisible(model: nn.Module, t: int) -> None:
-    """ValueError: a number of heads, or a width between f and g, that t does not divide."""
+def check(model: nn.Module, t: int) -> None:
+    """ValueError: a number of heads, or a width between f and g, that t does not divide; a layer that is no Linear."""
     c = model.config
     sizes = {"num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads}
     for layer in model.model.layers:
+        for name, module in layer.named_modules():
+            if name.endswith("_proj") and type(module) is not nn.Linear:
+                raise ValueError(f"tensor parallelism cuts nn.Linear, and {name} is {type(module).__name__}: merge "
+                                 "adapters, or take another axis")
         sparse = hasattr(layer.mlp, "experts")
         sizes["moe_intermediate_size" if sparse else "intermediate_size"] = (
             layer.mlp.experts.gate_proj.shape[1] if sparse else layer.mlp.gate_proj.out_features)

@@ -177,6 +177,22 @@ def test_fewer_key_heads_than_ranks_are_refused_with_one_line():
                             "tp 4 does not divide moe_intermediate_size 6; these would: 1, 2"]
 
 
+class Adapted(torch.nn.Linear):
+    pass
+
+
+def adapted(world):
+    model = tiny_model()
+    model.model.layers[2].mlp.up_proj.__class__ = Adapted
+    with pytest.raises(ValueError, match="cuts nn.Linear, and mlp.up_proj is Adapted: merge adapters"):
+        tensor.tensor_parallel(model, GROUP())
+    assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)  # nothing was cut
+
+
+def test_adapters_are_refused_before_anything_is_cut():
+    run_on(2, adapted)
+
+
 def odd_length(world):
     model = tensor.tensor_parallel(tiny_model(), GROUP(), sequence_parallel=True)
     with pytest.raises(ValueError, match="sequence parallelism: sequence length 7 is no multiple of tp 2"):
