@@ -1,5 +1,7 @@
 """Tests of parallel/ddp.py: against one process in float64, its traffic, and the traps of data parallelism."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -167,3 +169,9 @@ def frozen(world):
 def test_frozen_parameters_are_left_out():
     numel = sum(p.numel() for p in tiny_model().parameters()) - 37 * 10
     assert run_on(2, frozen) == [(None, numel)] * 2
+
+
+def test_no_collective_averages():
+    """Older gloo's reduce-scatter with AVG silently sums (pytorch #162338): every file sums; the loss is divided."""
+    files = list((Path(__file__).resolve().parents[1] / "parallel").glob("*.py"))
+    assert len(files) > 10 and not [f.name for f in files if "ReduceOp.AVG" in f.read_text(encoding="utf-8")]
