@@ -41,6 +41,7 @@ DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": to
           "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64,
           "I64": torch.int64, "U64": torch.uint64}  # in the order of the safetensors package
 MAX_HEADER = 100_000_000  # bytes; the format's limit
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 IMPLIED = (".rotary_emb.inv_freq",)  # a buffer in old files; config.json says as much
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -251,11 +252,12 @@ def extend_context(config: ModelConfig, seq_len: int, kind: str | None) -> Model
 
 def save_model(folder, model: CausalLM, tokenizer=None) -> None:
     """Write config.json, generation_config.json, model.safetensors (tied weights once) and the tokenizer's files."""
-    folder, ids = Path(folder), ("bos_token_id", "eos_token_id", "pad_token_id")
+    folder = Path(folder)
     config = model.config.to_hf() | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    config |= {name: getattr(tokenizer, name, None) for name in ids if config[name] is None}
+    config |= {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS if config[name] is None}
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {name: config[name] for name in ids if config[name] is not None})
+    ends = {name: config[name] for name in SPECIAL_IDS if config[name] is not None}
+    write_json(folder / "generation_config.json", ends)
     write_safetensors(folder / "model.safetensors", hf_tensors(model), {"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -277,7 +279,11 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     if (folder / "manifest.json").is_file():
         verify(folder, contents=False)
     try:
-        config = ModelConfig.from_hf(read_json(folder / "config.json"))
+        values = read_json(folder / "config.json")
+        if (folder / "generation_config.json").is_file():  # what ends a text stands there, often several tokens
+            ends = read_json(folder / "generation_config.json")
+            values |= {name: ends[name] for name in SPECIAL_IDS if ends.get(name) is not None}
+        config = ModelConfig.from_hf(values)
         config = dataclasses.replace(config, attention=attention, kernels=kernels)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{folder}: no model can be built from its config.json: {error}") from None
@@ -314,7 +320,7 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
 
 
 def load_chat_model(path, tokenizer, template: str, *, seq_len: int = 1, **how) -> CausalLM:
-    """load_model of find_checkpoint(path), made ready for conversations that `tokenizer` (see prepare_tokenizer) renders.
+    """load_model of find_checkpoint(path), made ready for conversations as `tokenizer` (see prepare_tokenizer) renders.
 
     Its vocabulary grows by the tokens that the template added, and its turns end where the template's do. `how`: as in
     load_model. ValueError also if the model knows fewer than seq_len positions and no rope_scaling is given."""
@@ -328,7 +334,7 @@ def load_chat_model(path, tokenizer, template: str, *, seq_len: int = 1, **how) 
 
 @torch.no_grad()
 def grow_vocabulary(model: CausalLM, vocab_size: int) -> None:
-    """Give the model rows for new tokens, in place: each is the mean of the old ones, so that none starts out likely."""
+    """Give the model rows for new tokens, in place: each the mean of the old ones, so that none starts out likely."""
     for module, name in ((model.model.embed_tokens, "embed_tokens"), (model.lm_head, "lm_head")):
         old = module.weight
         if len(old) < vocab_size:  # a tied head has grown already

@@ -57,14 +57,15 @@ class Args:
 # ------------------------------------------------------------------------------------------------------ the whole thing
 
 
-def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa") -> CausalLM:
+def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
+                    mapped: bool = False) -> CausalLM:
     """The model of a Hugging Face folder (or run), a GGUF file or a llama2.c .bin (version 0 or 1); in eval mode.
 
-    dtype: to convert to; None keeps the file's, float32 where that is quantized. ValueError: what is none of these, or
-    not whole; a GGUF of another architecture than those in ARCHITECTURES."""
+    dtype: to convert to; None keeps the file's, float32 where that is quantized. mapped: see load_model. ValueError:
+    what is none of these, or not whole; a GGUF of another architecture than those in ARCHITECTURES."""
     path = Path(path)
     if path.is_dir():
-        return load_model(find_checkpoint(path), dtype=dtype, device=device, attention=attention)
+        return load_model(find_checkpoint(path), dtype=dtype, device=device, attention=attention, mapped=mapped)
     config, names, tensor_of = (_open_gguf if _kind_of(path) == "gguf" else _open_llama2c)(path)
     try:
         config = dataclasses.replace(ModelConfig.from_hf(config), attention=attention)
@@ -568,7 +569,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(Args, __doc__, argv)
     check(args)
     out = Path(args.out)
-    model = load_pretrained(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    model = load_pretrained(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, mapped=True)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else load_pretrained_tokenizer(args.model)
     if tokenizer is None:
         print("note: no tokenizer was found, so none is written (name one by --tokenizer)", file=sys.stderr)

@@ -565,6 +565,21 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+def test_generation_config_says_which_tokens_end_a_text(tmp_path):
+    """As in Llama 3 and Qwen 2.5 Instruct: one id in config.json, all of them in generation_config.json."""
+    save_model(tmp_path, tiny(eos_token_id=7, bos_token_id=1))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "pad_token_id": 3, "temperature": 0.6}))
+    config = load_model(tmp_path).config
+    assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == ([7, 9], 1, 3)
+    (tmp_path / "again").mkdir()
+    save_model(tmp_path / "again", load_model(tmp_path))
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == {
+        "bos_token_id": 1, "eos_token_id": [7, 9], "pad_token_id": 3}
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(ValueError, match="generation_config.json: not valid JSON"):
+        load_model(tmp_path)
+
+
 def test_pickled_weights_are_refused_and_told_how_to_convert(tmp_path):
     save_model(tmp_path, tiny())
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
