@@ -1,8 +1,13 @@
 """Tokenizer speed: train on the whole standard library, encode it, and compare 100,000 fuzzed strings with the truth.
 
-    python bench/bench_tokenizer.py         # writes bench/results/tokenizer.json
+    python bench/bench_tokenizer.py                            # writes bench/results/tokenizer.json
+    python bench/bench_tokenizer.py tokenizer.json x.model     # these files instead: bench/results/tokenizer_files.json
+
+Of each file: time to load, speed, and how many of 20,000 fuzzed strings get other ids, or another text back, than from
+the package that the file belongs to, `tokenizers` (where it is installed) or `sentencepiece`.
 """
 
+import json
 import random
 import sys
 import sysconfig
@@ -12,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.results_io import write_results
-from data.tokenizer import BPETokenizer, CharTokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
 VOCAB_SIZE = 8192
 
@@ -40,8 +45,44 @@ def timed(function, *args):
     return result, time.perf_counter() - start
 
 
+def peer(path: Path):
+    """(encode, decode) of the package that wrote the file; None where it is not installed, or is tiktoken, our engine."""
+    if ".model" in path.name:
+        import sentencepiece
+
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return model.encode, model.decode
+    try:
+        import tokenizers
+    except ImportError:
+        return None
+    if path.suffix != ".json" or "vocab" not in json.loads(path.read_text(encoding="utf-8")).get("model", {}):
+        return None
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    theirs.encode_special_tokens = True  # the text of special tokens stays text, as here
+    return (lambda text: theirs.encode(text, add_special_tokens=False).ids,
+            lambda ids: theirs.decode(ids, skip_special_tokens=False))
+
+
+def measure_file(path: Path, texts: list[str], strings: list[str]) -> dict:
+    tokenizer, seconds = timed(load_tokenizer, path)
+    row = {"file": "/".join(path.parts[-2:]), "kind": type(tokenizer).__name__, "load_seconds": seconds}
+    ids, seconds = timed(tokenizer.encode_batch, texts)
+    row["megabytes_per_second"] = sum(len(text.encode()) for text in texts) / 1e6 / seconds
+    if theirs := peer(path):
+        encode, decode = theirs
+        ids = [tokenizer.encode(text) for text in strings]
+        row |= {"strings": len(strings), "unequal_ids": sum(ours != encode(text) for ours, text in zip(ids, strings)),
+                "unequal_texts": sum(tokenizer.decode(one) != decode(one) for one in ids)}
+    return row
+
+
 def main() -> None:
     texts = standard_library()
+    if sys.argv[1:]:
+        strings = [text for text in fuzzed(20_000) if "\0" not in text]
+        write_results("tokenizer_files", [measure_file(Path(path), texts[:300], strings) for path in sys.argv[1:]])
+        return
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer, seconds = timed(BPETokenizer.train, texts, VOCAB_SIZE)
     rows = [{"what": f"train BPE, vocabulary {tokenizer.vocab_size}", "files": len(texts), "megabytes": megabytes,
