@@ -415,7 +415,7 @@ READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_patte
         "peft_type", "base_model_name_or_path"}
 IMPLIED = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}  # by the names of the tensors
 HARMLESS = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core", "qalora_group_size",
-            "ensure_weight_tying"}
+            "ensure_weight_tying", "eva_config"}
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it is
 
 

@@ -701,6 +701,18 @@ def test_a_folder_that_peft_made_by_itself(bases, tmp_path):
     assert (told["trainable"], told["total"]) == trainable
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_transformers_takes_our_layers(bases, kind, tmp_path):
+    """Not only model.py's: on the very same base our layers compute what PEFT's do, and all-linear leaves out its head."""
+    from peft import PeftModel
+    _, base = bases()
+    ids, twin = tokens(), copy.deepcopy(base)
+    shaken(apply_lora(base, LoRAConfig(r=4, **KINDS[kind])))
+    assert {path for path in adapted(base)} == {f"model.layers.{i}.{name}" for i in range(2) for name in LINEAR}
+    save_adapter(base, tmp_path)
+    assert torch.allclose(base(ids).logits, PeftModel.from_pretrained(twin, tmp_path)(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_merged_weights_equal_peft_s(bases, tmp_path):
     from peft import PeftModel
     ours, theirs = bases()
