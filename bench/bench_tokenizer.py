@@ -46,7 +46,7 @@ def timed(function, *args):
 
 
 def peer(path: Path):
-    """(encode, decode) of the package that wrote the file; None where it is not installed, or is tiktoken, our engine."""
+    """(encode, decode) of the package that wrote the file; None where it is not installed, or is tiktoken."""
     if ".model" in path.name:
         import sentencepiece
 

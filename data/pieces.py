@@ -183,7 +183,7 @@ def pieces_of_json(data: dict) -> Pieces:
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"]]
         tokens = [by_id.get(i, f"[PAD{i}]") for i in range(max(by_id) + 1)]
         unknown, steps = data["model"]["unk_token"], json.dumps(data["normalizer"]) + json.dumps(data["pre_tokenizer"])
-        add_prefix = any(f'"{word}"' in steps for word in ("Prepend", "first", "always"))  # the last two: prepend_scheme
+        add_prefix = any(f'"{word}"' in steps for word in ("Prepend", "first", "always"))  # the latter: prepend_scheme
         post = data.get("post_processor") or {}  # which may be a Sequence, one step of which is a template
         single = next((step["single"] for step in post.get("processors", [post]) if step.get("single")), [{}])
     except (AttributeError, KeyError, TypeError, ValueError) as error:

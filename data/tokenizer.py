@@ -634,7 +634,8 @@ def _configure(made: Tokenizer, path: Path, vocab: dict[str, int], post_processo
     if isinstance(template, list):
         template = {one["name"]: one["template"] for one in template}.get("default")
     beside = path.with_name("chat_template.jinja")
-    made.chat_template = beside.read_text(encoding="utf-8") if beside.is_file() else template
+    template = beside.read_text(encoding="utf-8") if beside.is_file() else template
+    made.chat_template = template if isinstance(template, str) else None
     return made
 
 

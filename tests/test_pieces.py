@@ -71,7 +71,8 @@ def test_json_read_as_a_tokenizer_gives_the_same_ids_and_the_pieces_back(tmp_pat
     data = json_of_pieces(SMALL)
     sequence = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, data["post_processor"]]}
     for post_processor in (data["post_processor"], sequence):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"post_processor": post_processor}), encoding="utf-8")
+        text = json.dumps(data | {"post_processor": post_processor})
+        (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
         tokenizer = load_tokenizer(tmp_path)
         tokenizer.save(tmp_path)
         pieces = pieces_of_json(json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")))
