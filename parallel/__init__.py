@@ -149,6 +149,9 @@ class Run:
 
     def step(self) -> None:
         (self.sync if self.zero in (1, 2) else self.optimizer).step()
+        for group in self.optimizer.param_groups if self.zero == 3 else []:
+            if not group["params"] and "step" in group:
+                group["step"] += 1  # no piece of these lies here, but the others have stepped
 
     def zero_grad(self) -> None:
         (self.sync if self.zero else self.optimizer).zero_grad()

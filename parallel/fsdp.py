@@ -154,7 +154,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 class FSDP:
     """Shards the parameters of `modules` over `group` (None: one process, which makes sense with offload).
 
-    modules: the units, in the order of forward; together they hold every parameter. Modules that share a parameter
+    modules: the units, in the order of forward, which uses each once; together they hold every parameter. Modules that share a parameter
     (tied embeddings) make one unit. axes: the mesh axes that `group` runs along, kept in the pieces' placement.
     prefetch: fetch the next unit's weights while one computes. offload: weights, gradients and the optimizer's state
     live in the CPU's memory. dtype, device: of the gathered weights, if not the parameters' own: so a model may be
@@ -206,6 +206,11 @@ class FSDP:
 
     def _before_forward(self, call: int) -> None:
         unit = self.calls[call]
+        if self.pending is not None and torch.is_grad_enabled() and not unit.backward:
+            if call <= self.reached:  # its gradients would be scattered before they are whole
+                raise ValueError(f"FSDP runs its units in the order given, each once in a microbatch: unit {call} came "
+                                 f"after unit {self.reached}")
+            self.reached = call
         unit.wait()
         if self.prefetch and not unit.backward and call + 1 < len(self.calls):
             self.calls[call + 1].gather()
@@ -251,6 +256,7 @@ class FSDP:
     def microbatch(self, last: bool = True):
         """Around forward and backward of a microbatch. Each one's gradients are scattered: no rank could hold all."""
         self.pending = [unit for unit in reversed(self.units) if any(p.requires_grad for p in unit.parameters)]
+        self.reached = -1  # the last unit that forward has come to
         try:
             yield
             for unit in self.units:

@@ -190,6 +190,20 @@ def test_units_are_the_layers_and_what_stands_beside_them():
         units(model)
 
 
+def test_units_out_of_order_or_used_twice_are_refused_as_gradients_would_be_lost():
+    model = tiny_model()
+    fsdp = FSDP(units(model)[::-1], None)
+    with pytest.raises(ValueError, match="unit 3 came after unit 4"), fsdp.microbatch():
+        model(global_batch(0)[0])
+    model = tiny_model()
+    fsdp = FSDP(units(model), None)
+    with pytest.raises(ValueError, match="unit 0 came after unit 4"), fsdp.microbatch():
+        with torch.no_grad():
+            model(global_batch(0)[0])  # a reference's pass has no gradients to lose
+        model(global_batch(0)[0])
+        model(global_batch(1)[0])
+
+
 def test_half_shared_units_are_refused():
     a, b = nn.Linear(3, 3), nn.Linear(3, 3)
     b.weight = a.weight
