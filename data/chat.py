@@ -559,11 +559,10 @@ def show(ids: list[int], mask: list[int], tokenizer, colour: bool) -> str:
 
 
 def __getattr__(name: str):  # from data.chat import read_chats
-    from data import chat_files
-
-    if name not in ("Chat", "Preference", "read_chats", "read_preferences"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(chat_files, name)
+    if name in ("Chat", "Preference", "read_chats", "read_preferences"):
+        from data import chat_files
+        return getattr(chat_files, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main():
