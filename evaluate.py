@@ -50,7 +50,7 @@ from checkpoint import atomic_file, find_checkpoint, load_chat_model, write_json
 from cli import parse, run
 from convert import load_pretrained, load_pretrained_tokenizer
 from data.benchmarks import BENCHMARKS, Item, read_benchmark
-from data.chat import (TEMPLATES, Preference, prepare_tokenizer, read_preferences, render, render_prompt, stop_ids,
+from data.chat import (OWN, TEMPLATES, Preference, prepare_tokenizer, read_preferences, render, render_prompt, stop_ids,
                        template_of, truncate)
 from data.contamination import contaminated
 from data.corpus import read_documents, split_documents
@@ -520,7 +520,7 @@ def sources(words: list[str]) -> dict[str, str]:
 
 def check(args: Args) -> None:
     """ValueError for settings that cannot work, before anything is read."""
-    if args.template not in ("", *TEMPLATES):
+    if args.template not in ("", OWN, *TEMPLATES):
         raise ValueError(f"--template {args.template}: choose from {', '.join(TEMPLATES)}")
     if args.pairs and args.seq_len == 1:
         raise ValueError("--seq_len 1: leaves nothing of a pair to predict; it must be at least 2")

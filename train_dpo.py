@@ -26,7 +26,7 @@ from torch import Tensor
 import checkpoint
 import metrics
 from cli import parse, run
-from data.chat import TEMPLATES, prepare_tokenizer, read_preferences, render, template_of, truncate
+from data.chat import OWN, TEMPLATES, prepare_tokenizer, read_preferences, render, template_of, truncate
 from data.loader import shuffled
 from data.tokenizer import load_tokenizer
 from logprobs import padded, sequence_logprobs
@@ -227,7 +227,7 @@ def check(args: Args) -> None:
     expect(not args.label_smoothing or args.loss_type in ("sigmoid", "robust", "sigmoid_norm"), "label_smoothing",
            f"has no meaning for --loss_type {args.loss_type}")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
-    expect(args.template in ("", *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
+    expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     metrics.detect_device(args.device)
     for folder in filter(None, (args.model, args.ref_model)):
         checkpoint.find_checkpoint(folder)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import checkpoint
 import metrics
 from cli import parse, run
-from data.chat import TEMPLATES, prepare_tokenizer, read_chats, render, template_of, truncate
+from data.chat import OWN, TEMPLATES, prepare_tokenizer, read_chats, render, template_of, truncate
 from data.loader import Loader, eval_batches
 from data.pack import read_index, write_chats
 from data.prepare import prepare
@@ -147,7 +147,7 @@ def check(args: Args) -> None:
         expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
-    expect(args.template in ("", *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
+    expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     metrics.detect_device(args.device)
     checkpoint.find_checkpoint(args.model)
 
