@@ -47,6 +47,12 @@ def draw(shape, std: float, seed: int, name: str) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).normal_(0.0, std, generator=generator))
 
 
+def drawn_ids(model: nn.Module, n: int, seed: int) -> list[int]:
+    """n tokens of the model's vocabulary, each as likely as any other."""
+    chance = torch.special.ndtr(draw((n,), 1.0, seed, "tokens").detach())  # even in 0 .. 1
+    return (chance * model.config.vocab_size).long().clamp_max(model.config.vocab_size - 1).tolist()
+
+
 def like(module: nn.Module, model: nn.Module) -> nn.Module:
     """To the model's device, and its dtype if that is no less than float32: small steps vanish in 16 bits."""
     p = next(model.parameters())
@@ -130,13 +136,11 @@ def add_prompt_tuning(model: nn.Module, n: int, *, init_ids: list[int] | None = 
     init_ids: n token ids whose embeddings they start as; None: tokens drawn from the vocabulary, which beats random
     numbers (Lester et al., section 3.2). hidden: width of P-tuning's MLP. ValueError: n < 1, or not n init_ids.
     """
-    freeze(model)
     table = model.model.embed_tokens.weight
-    if init_ids is None:
-        chance = draw((n,), 1.0, seed, "prompt").detach()
-        init_ids = (torch.special.ndtr(chance) * len(table)).long().clamp_max(len(table) - 1).tolist()
+    init_ids = drawn_ids(model, n, seed) if init_ids is None else init_ids
     if n < 1 or len(init_ids) != n:
         raise ValueError(f"prompt tuning with {n} virtual tokens from {len(init_ids)} token ids: give one id for each")
+    freeze(model)
     rows = table[torch.tensor(init_ids)].to(torch.promote_types(table.dtype, torch.float32))
     prompt = PromptEmbedding(model.model.embed_tokens, rows, hidden, seed)
     if prompt.encoder is not None:
@@ -167,7 +171,7 @@ class Prefix(Adapter):
         if hidden:  # Li & Liang, section 4.3: training the keys themselves was less stable
             self.mlp = mlp(((hidden, config.hidden_size), (L * 2 * kv, hidden)), nn.Tanh, seed)
         width = config.hidden_size if hidden else L * 2 * kv
-        self.prompt_embeddings = draw((n, width), 1.0, seed, "prefix")  # as PEFT starts it
+        self.prompt_embeddings = draw((n, width), 1.0, seed, "prefix")
 
     def table(self) -> Tensor:  # (n, L * 2 * Hkv * D)
         return self.prompt_embeddings if self.mlp is None else self.mlp(self.prompt_embeddings)
@@ -249,18 +253,20 @@ def add_prefix_tuning(model: nn.Module, n: int, *, init_ids: list[int] | None = 
                       seed: int = 0) -> None:
     """Put n trained keys and values before those of each layer (P-tuning v2), and freeze all else.
 
-    The prefix is not rotated by RoPE, and text begins at position n. init_ids: start as the keys and values of this
-    text of n tokens, so that the model answers just as if it stood there; None: normal numbers. hidden: let an MLP of
-    that width make them while training (prefix tuning), not together with init_ids. Not for sliding windows or ALiBi.
+    The prefix is not rotated by RoPE, and text begins at position n. It starts as the keys and values of the n tokens
+    init_ids, so that the model answers just as if they stood there; None: of drawn ones. (PEFT starts it with normal
+    numbers, which no model has seen for keys: a worse start, see NOTES.md.) hidden: let an MLP of that width make them
+    while training (prefix tuning), not together with init_ids. Not for sliding windows or ALiBi.
     """
-    freeze(model)
     config, transformer = model.config, model.model
     if n < 1 or init_ids is not None and (len(init_ids) != n or hidden):
         raise ValueError(f"a prefix of {n} from {init_ids} with hidden={hidden}: give n >= 1 and n init_ids, or hidden")
     if config.sliding_window:
         raise ValueError(f"prefix tuning with sliding_window {config.sliding_window}: the prefix would slide out of sight")
+    freeze(model)
     prefix, record = like(Prefix(n, config, hidden, seed), model), Record()
-    if init_ids is not None:
+    if not hidden:
+        init_ids = drawn_ids(model, n, seed) if init_ids is None else init_ids
         handles = [layer.self_attn.register_forward_pre_hook(lambda attention, args: (*args[:3], record, *args[4:]))
                    for layer in transformer.layers]
         transformer(torch.tensor([init_ids], device=prefix.prompt_embeddings.device))
@@ -300,10 +306,10 @@ def add_bottleneck(model: nn.Module, size: int, *, where: str = "houlsby", activ
 
     where: houlsby, on attention and MLP, or pfeiffer, on the MLP alone: half the cost for about the same result.
     """
-    freeze(model)
     hosts = {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("mlp",)}.get(where)
     if hosts is None or size < 1:
         raise ValueError(f"bottleneck of size {size}, where={where!r}: size >= 1, where houlsby or pfeiffer")
+    freeze(model)
     for i, layer in enumerate(model.model.layers):
         for host in hosts:
             module = getattr(layer, host)
@@ -332,12 +338,12 @@ def scale_output(linear: nn.Module, args, y: Tensor):
 def add_ia3(model: nn.Module, targets=("k_proj", "v_proj"), feedforward=("down_proj",)) -> None:
     """A trained factor, 1 at first, for each output of the layers whose names end in `targets` and each input of those
     in `feedforward`; all else is frozen. ValueError for a name that no layer has."""
-    freeze(model)
     found = {path: module for path, module in model.named_modules() if hasattr(module, "in_features")}
     for name in (*targets, *feedforward):
         if not any(path == name or path.endswith(f".{name}") for path in found):
             raise ValueError(f"IA3: no layer's name ends in {name!r}; there are: "
                              f"{', '.join(sorted({path.rpartition('.')[2] for path in found}))}")
+    freeze(model)
     for path, linear in found.items():
         inward = any(path == name or path.endswith(f".{name}") for name in feedforward)
         if inward or any(path == name or path.endswith(f".{name}") for name in targets):
@@ -362,10 +368,10 @@ def merge_ia3(model: nn.Module) -> None:
 
 def bitfit(model: nn.Module) -> None:
     """Train the biases and nothing else. ValueError for a model without any, such as Llama's."""
-    freeze(model)
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     if not biases:
         raise ValueError("BitFit trains biases, and this model has none (Qwen2's have, on q, k and v)")
+    freeze(model)
     for p in biases:
         p.requires_grad_(True)
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import checkpoint
 import lora
-from adapters import (add_bottleneck, add_ia3, add_prefix_tuning, add_prompt_tuning, bitfit, disable_adapters, from_peft,
-                      merge_ia3, remove_adapters, to_peft, with_prompt)
+from adapters import (add_bottleneck, add_ia3, add_prefix_tuning, add_prompt_tuning, bitfit, disable_adapters, drawn_ids,
+                      from_peft, merge_ia3, remove_adapters, to_peft, with_prompt)
 from generate import generate
 from model import CausalLM, KVCache, ModelConfig
 
@@ -194,6 +194,18 @@ def test_with_a_kv_cache_as_without(kind):
     assert torch.allclose(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
 
 
+def test_prompts_and_prefixes_start_as_tokens_drawn_by_the_seed():
+    """Both methods draw the same ones, so their models say the same; and every part of the vocabulary is drawn from."""
+    prompt, prefix, other, ids = tiny(), tiny(), tiny(), tokens()
+    add_prompt_tuning(prompt, 5)
+    add_prefix_tuning(prefix, 5)
+    add_prefix_tuning(other, 5, seed=1)
+    assert torch.allclose(prefix(ids), prompt(with_prompt(prompt, ids))[:, 5:], rtol=0, atol=1e-10)
+    assert not torch.allclose(prefix(ids), other(ids))
+    drawn = torch.tensor(drawn_ids(prompt, 6100, 0))
+    assert torch.bincount(drawn, minlength=61).min() > 50 and len(torch.bincount(drawn)) == 61  # 100 each in the mean
+
+
 def test_generation_continues_a_prefix_as_it_would_the_text():
     model = tiny().eval()
     said = generate(model, [[7, 8, 9, 10, 3, 4]], max_new_tokens=8, temperature=0.0, stop_token_ids=())[0]
@@ -219,6 +231,7 @@ def test_what_cannot_be_is_refused_in_one_line(add, message):
     with pytest.raises(ValueError, match=message) as caught:
         add(model)
     assert "\n" not in str(caught.value) and torch.equal(model(tokens()), tiny()(tokens()))
+    assert "missing" in message or all(p.requires_grad for p in model.parameters())
 
 
 def test_models_that_cannot_take_a_method():
