@@ -454,7 +454,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = "none"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)  # nn.Embedding would draw numbers: slow on "meta"
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))

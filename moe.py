@@ -105,7 +105,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.multiply = grouped_matmul
         for parameter in self.parameters():  # else what empty left there; model.py's initialize does better
-            nn.init.normal_(parameter, std=0.02)
+            if not parameter.is_meta:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows (M, hidden) sorted by expert, counts (E,) of each -> (M, hidden)."""
