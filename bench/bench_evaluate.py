@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=2 python bench/bench_evaluate.py --data hellaswag=hellaswag_val.jsonl mmlu=mmlu/ --num_fewshot 0 5
 
 Needs lm_eval and transformers beside what this project needs. Without --model: a Llama of 8 million random weights and
-a tokenizer of 2,048 tokens, trained on the standard library's docstrings. Both get the same questions (the first --limit),
-float32, the same batch size and threads, and take turns; each figure is the median of --rounds. Tokenizing counts,
-loading does not. Exits with 1 if log-likelihoods differ by 1e-4 per token, or ours is less than 1.2 times as fast.
+a tokenizer of 2,048 tokens, trained on the standard library's docstrings. Both get the same questions, the first
+--limit, float32, the same batch size and threads, and take turns; each figure is the median of --rounds. Tokenizing
+counts, loading does not. Exits with 1 where log-likelihoods differ by 1e-4 per token or ours is not 1.2 times as fast.
 """
 
 import argparse
@@ -99,7 +99,8 @@ def measure(args, data: str, shots: int, model, tokenizer, peer, Instance) -> di
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("lm_eval", "transformers"))
     return {"benchmark": name, "num_fewshot": shots, "questions": len(items), "requests": len(asked),
             "model": Path(args.model).name if args.model else "8 M random weights", "batch_size": args.batch_size,
-            "threads": torch.get_num_threads(), "peer": versions, "ours_seconds": median["ours"], "lm_eval_seconds": median["lm_eval"],
+            "threads": torch.get_num_threads(), "peer": versions,
+            "ours_seconds": median["ours"], "lm_eval_seconds": median["lm_eval"],
             "times_as_fast": median["lm_eval"] / median["ours"], "largest_difference_per_token": worst}
 
 
