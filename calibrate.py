@@ -239,14 +239,14 @@ def first_states(model: nn.Module, windows: Tensor) -> tuple[Tensor, list]:
 
 
 def run_layer(layer: nn.Module, states: Tensor, call, watch: dict | None = None, out: Tensor | None = None) -> None:
-    """Run the layer over states (n, S, hidden), window by window, into `out`; before each module of
+    """Run the layer over states (n, S, hidden), some windows at a time, into `out`; before each module of
     `watch` {module: function}, function(args, kwargs) sees what it is called with."""
     hooks = [module.register_forward_pre_hook(lambda _, args, kwargs, f=f: f(args, kwargs), with_kwargs=True)
              for module, f in (watch or {}).items()]
-    for i, x in enumerate(states):
-        y = layer(x[None], *call[0], **call[1])
+    for i in range(0, len(states), 8):
+        y = layer(states[i : i + 8], *call[0], **call[1])
         if out is not None:
-            out[i] = y[0]
+            out[i : i + 8] = y
     for hook in hooks:
         hook.remove()
 
@@ -326,7 +326,7 @@ def _awq_layer(layer, states, call, linears, rounding) -> str:
     found = []
     for before, names, name in pairs:  # all searches come before the first fold: the calls are of the layer as it was
         block = layer.get_submodule(name)
-        size = torch.stack([args[0].abs().flatten(0, -2).mean(0) for args, _ in calls[block]]).mean(0)
+        size = torch.cat([args[0].abs().flatten(0, -2) for args, _ in calls[block]]).mean(0)
         s, error = awq_scale(block, calls[block], [linears[n] for n in names], size, rounding)
         found.append((before, [linears[n] for n in names], s))
         errors.append(f"{name} {error:.3g}")
