@@ -16,7 +16,7 @@
 5. optimizer           over what is left on this rank
 6. data parallel       DDP, ZeRO-1 or 2, or ZeRO-3, around what the others have made of the parameters
 
-All ranks build the whole model first, alike; the mesh with one process leaves it as it is. Imports are late, as the files
+All ranks build the whole model first, alike; a mesh of one process leaves it as it is. Imports are late, as the files
 of this folder do not know each other.
 """
 
@@ -44,8 +44,9 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
     if offload and not zero:
         raise ValueError("--offload moves ZeRO's part of the state: it needs --zero 1, 2 or 3")
     if pp * chunks > model.config.num_hidden_layers:
-        raise ValueError(f"--pp {pp} with {chunks} chunks makes {pp * chunks} stages of {model.config.num_hidden_layers} "
-                         f"layers; at most {model.config.num_hidden_layers // chunks} would do")
+        layers = model.config.num_hidden_layers
+        raise ValueError(f"--pp {pp} with {chunks} chunks makes {pp * chunks} stages of {layers} layers; at most "
+                         f"{layers // chunks} would do")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tensor_parallel(model, mesh.group("tp"), sequence_parallel)
     context_parallel(model, mesh.group("cp"), cp_method)
@@ -81,7 +82,8 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
         records = [getattr(p, "placement", {}) for p in named.values()]
         joined = any("tied" in record or record.get("partial") for record in records)
         before = (lambda: finalize(named.values(), mesh)) if joined else None
-        sync = Zero(named.values(), optimizer, group_of, zero, axes=axes_of, overlap=pp == 1, before=before, offload=offload)
+        sync = Zero(named.values(), optimizer, group_of, zero, axes=axes_of, overlap=pp == 1, before=before,
+                    offload=offload)
     else:
         from parallel.ddp import DDP
         sync = DDP(named.values(), group_of, overlap=pp == 1)
@@ -99,7 +101,7 @@ class Run:
         self.autocast = autocast if zero != 3 else None  # ZeRO-3 gathers weights in that dtype already
 
     def count(self, labels) -> int:
-        """Counted tokens of the global batch, from the labels (each (B, S)) of this data-parallel rank's microbatches."""
+        """Counted tokens of the global batch, from the labels (B, S) of this data-parallel rank's microbatches."""
         from parallel.grads import total
         mine = sum(int((y != -100).sum()) for y in labels)
         return int(total(mine, self.mesh.group("dp"), device=self._device()))
@@ -134,7 +136,8 @@ class Run:
         import torch
         from parallel.context import split_batch
         from parallel.grads import total
-        inputs = [split_batch(ids, labels, self.mesh.group("cp"), self.cp_method, cu) for ids, labels, cu in micro_batches]
+        inputs = [split_batch(ids, labels, self.mesh.group("cp"), self.cp_method, cu)
+                  for ids, labels, cu in micro_batches]
         with torch.no_grad():
             if self.mesh.size("pp") > 1:
                 nats = self._pipeline("forward", inputs, 1)
@@ -199,8 +202,9 @@ class Run:
         from parallel.pipeline import execute
         from parallel.schedules import plan
         with torch.autocast(self._device().type, self.autocast) if self.autocast else nullcontext():
-            loss, _ = execute(plan(name, self.mesh.size("pp"), len(inputs), self.schedule[1]), self.stages, inputs,
-                              lambda logits, labels: self._loss(logits, labels, counted), self.mesh.group("pp"), self.own_loss)
+            actions = plan(name, self.mesh.size("pp"), len(inputs), self.schedule[1])
+            loss, _ = execute(actions, self.stages, inputs, lambda logits, labels: self._loss(logits, labels, counted),
+                              self.mesh.group("pp"), self.own_loss)
         return loss
 
     def _device(self):

@@ -12,12 +12,12 @@ module, such as a decoder layer. While one computes, the next one's weights are 
     weights of a unit, flat:  [ p1 ......... | p2 ... p3 ..... | ....... p4 0 ]     zeros at the end
                                 shard of rank 0   shard of rank 1   shard of rank 2
 
-The parameters are views of the flat buffer; freeing it takes the memory from under them, gathering puts it back, so what
-autograd has saved for backward stays valid. The optimizer gets this rank's pieces of the parameters, which suits those
-that treat each number alone (AdamW, Lion). Muon and Adafactor look at whole matrices and are refused: use ZeRO-1 or 2.
+The parameters are views of the flat buffer; freeing it takes the memory from under them, gathering puts it back, so
+what autograd has saved for backward stays valid. The optimizer gets this rank's pieces of the parameters, which suits
+those that treat each number alone (AdamW, Lion). Muon and Adafactor need whole matrices and are refused: use ZeRO-1, 2.
 
-    fsdp = FSDP(model, units(model), group)                 # [embedding, layer 0, layer 1 ..., norm, head]
-    optimizer = fsdp.shard(build_optimizer("adamw", model.named_parameters(), ...))      # or over the whole parameters
+    fsdp = FSDP(units(model), group)                        # [embedding, layer 0, layer 1 ..., norm, head]
+    optimizer = fsdp.shard(build_optimizer("adamw", model.named_parameters(), ...))      # built over whole parameters
     for k, micro_batch in enumerate(micro_batches):
         with fsdp.microbatch(last=k + 1 == len(micro_batches)):
             (loss_sum(micro_batch) / counted_by_all_ranks).backward()
@@ -138,7 +138,8 @@ def units(model: nn.Module) -> list[nn.Module]:
         lists = any(isinstance(m, nn.ModuleList) for m in module.modules())
         if isinstance(module, nn.ModuleList) or lists:
             if list(module.parameters(recurse=False)):
-                raise ValueError(f"{type(module).__name__} has parameters of its own beside its layers: no unit has them")
+                raise ValueError(f"{type(module).__name__} has parameters of its own beside its layers: no unit has "
+                                 "them")
             for child in module.children():
                 if isinstance(module, nn.ModuleList):
                     found.append(child)
@@ -154,8 +155,8 @@ def units(model: nn.Module) -> list[nn.Module]:
 class FSDP:
     """Shards the parameters of `modules` over `group` (None: one process, which makes sense with offload).
 
-    modules: the units, in the order of forward, which uses each once; together they hold every parameter. Modules that share a parameter
-    (tied embeddings) make one unit. axes: the mesh axes that `group` runs along, kept in the pieces' placement.
+    modules: the units, in the order of forward, which uses each once; together they hold every parameter. Modules that
+    share a parameter (tied embeddings) make one unit. axes: the mesh axes of `group`, kept in the pieces' placement.
     prefetch: fetch the next unit's weights while one computes. offload: weights, gradients and the optimizer's state
     live in the CPU's memory. dtype, device: of the gathered weights, if not the parameters' own: so a model may be
     built on the CPU that is too large for the GPU. All ranks run the same units in the same order.
@@ -195,7 +196,7 @@ class FSDP:
         return [t for unit in self.units for t in (unit.shard, unit.flat)]
 
     def shard(self, optimizer):
-        """Turn an optimizer over the whole parameters into one over this rank's pieces; ValueError if it needs whole ones."""
+        """Let an optimizer over the whole parameters have this rank's pieces; ValueError if it needs whole ones."""
         if type(optimizer).__name__ not in ELEMENTWISE:
             raise ValueError(f"ZeRO-3 cuts matrices, and {type(optimizer).__name__} needs them whole: "
                              "take adamw or lion, or ZeRO-1 or 2")
@@ -277,7 +278,7 @@ class FSDP:
         yield
         for unit in self.units:
             if write:
-                n, rank = (dist.get_world_size(unit.group), dist.get_rank(unit.group)) if unit.group is not None else (1, 0)
+                rank = dist.get_rank(unit.group) if unit.group is not None else 0
                 unit.shard.copy_(unit.flat[rank * unit.size : (rank + 1) * unit.size])
             unit.free()
 

@@ -103,8 +103,8 @@ def clip_grad_norm(parameters, mesh, max_norm: float) -> Tensor:
     held = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in held]
     device = grads[0].device if grads else "cpu"
-    squares = [torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.grad.dtype, torch.float32)).double().square()
-               / copies(p, mesh) for p in held]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    squares = [n.double().square() / copies(p, mesh) for n, p in zip(norms, held)]
     square = torch.stack([s.to(device) for s in squares]).sum() if squares else torch.zeros((), dtype=torch.float64)
     if (world := mesh.group("pp", "edp", "ep", "cp", "tp")) is not None:
         dist.all_reduce(square, group=world)  # in float64 on every rank, also on one that holds nothing
@@ -121,7 +121,8 @@ def main() -> None:
         def size(self, axis):
             return self.sizes[axis]
 
-    for what, placement in (("a norm", {}), ("a tied embedding, cut by tp", {"shard": {"tp": 0}, "tied": "lm_head.weight"}),
+    for what, placement in (("a norm", {}),
+                            ("a tied embedding, cut by tp", {"shard": {"tp": 0}, "tied": "lm_head.weight"}),
                             ("a matrix, cut by tp", {"shard": {"tp": 1}}), ("an expert", {"shard": {"ep": 0, "tp": 1}}),
                             ("a piece of a norm under ZeRO", {"zero": ("dp", "cp")})):
         p = torch.zeros(1)

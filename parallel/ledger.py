@@ -225,7 +225,8 @@ def measure(strategy: str, ranks: int, schedule: str = "1f1b") -> list[Row]:
             rows = [Row("bytes sent", "m per border", K * activation * borders, float(ledger.sent("send")))]
         else:
             hop = 2 * activation // ranks  # keys and values of this rank's tokens; as many bytes are their gradients
-            rows = [Row("bytes sent by attention", "L k (3 c - 2) KV", L * K * (3 * ranks - 2) * hop, float(ledger.sent("send")))]
+            rows = [Row("bytes sent by attention", "L k (3 c - 2) KV", L * K * (3 * ranks - 2) * hop,
+                        float(ledger.sent("send")))]
     mesh.destroy()
     return rows
 
@@ -233,7 +234,7 @@ def measure(strategy: str, ranks: int, schedule: str = "1f1b") -> list[Row]:
 def _data_parallel(strategy: str, stage: int, run, micro_batches: list, numel: int, ranks: int) -> list[Row]:
     """DDP and ZeRO: bytes between the first and second microbatch, where gradients accumulate, and sent in the step."""
     parameters, sync = list(run.named.values()), run.sync
-    numel += sync.padding if stage else 0  # what the formulas leave out, and the table names
+    own, numel = numel, numel + (sync.padding if stage else 0)  # the formulas leave padding out, the table names it
     with Ledger(live=sync.live if stage == 3 else None) as ledger:
         for k, (ids, labels, _) in enumerate(micro_batches):
             with sync.microbatch(last=k + 1 == len(micro_batches)):
@@ -250,8 +251,8 @@ def _data_parallel(strategy: str, stage: int, run, micro_batches: list, numel: i
     sent = ("2", "2", "(k + 1)", "3 k")[stage]
     rows = [Row("parameters held", f"4 P{shares[0]}", float(predicted["parameters"]), held(weights)),
             Row("gradients held, accumulating", f"4 P{shares[1]}", float(predicted["gradients"]), held_gradients),
-            Row("optimizer held, all ranks", f"8 P{'' if stage else ' n'}", 8.0 * (numel - (sync.padding if stage else 0))
-                * (1 if stage else ranks), _over_ranks(sum(t.numel() * 4 for t in states))),
+            Row("optimizer held, all ranks", f"8 P{'' if stage else ' n'}", 8.0 * own * (1 if stage else ranks),
+                _over_ranks(sum(t.numel() * 4 for t in states))),
             Row("bytes sent in the step", f"4 {sent} P (n-1)/n",
                 float(4 * data_parallel_elements(numel, ranks, stage, len(micro_batches))), float(ledger.sent()))]
     if stage == 3:
@@ -278,7 +279,8 @@ def _serve(rank: int, ranks: int, port: int, strategies: list[str], schedule: st
             print(f"\n{strategy} on {ranks} ranks, {K} microbatches\n  {'on rank 0':30}{'formula':26}{'predicted':>12}"
                   f"{'measured':>12}{'difference':>12}")
             for what, formula, predicted, measured in rows:
-                print(f"  {what:30}{formula:26}{predicted:12,.0f}{measured:12,.0f}{measured - predicted:12,.0f}", flush=True)
+                print(f"  {what:30}{formula:26}{predicted:12,.0f}{measured:12,.0f}{measured - predicted:12,.0f}",
+                      flush=True)
     dist.destroy_process_group()
 
 
@@ -301,7 +303,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Count what each strategy holds and sends, beside the formula.")
     parser.add_argument("--strategy", choices=STRATEGIES, nargs="*", default=list(STRATEGIES))
     parser.add_argument("--ranks", type=int, default=2, help="gloo processes to start")
-    parser.add_argument("--schedule", choices=("gpipe", "1f1b", "interleaved", "zb"), help="only draw this pipeline schedule")
+    parser.add_argument("--schedule", choices=("gpipe", "1f1b", "interleaved", "zb"),
+                        help="only draw this pipeline schedule")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--chunks", type=int, default=2, help="of a rank, under interleaved")

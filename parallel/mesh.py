@@ -129,7 +129,8 @@ def main() -> None:
         dist.init_process_group("gloo")
     mesh = Mesh(**vars(args))
     lines = [f"{mesh}, rank {mesh.here}:"]
-    lines += [f"  {axis:3} {mesh.rank(axis)} of {mesh.size(axis)}: ranks {mesh.members(axis)}" for axis in ("dp", *AXES)]
+    for axis in ("dp", *AXES):
+        lines.append(f"  {axis:3} {mesh.rank(axis)} of {mesh.size(axis)}: ranks {mesh.members(axis)}")
     print("\n".join(lines), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()

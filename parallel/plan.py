@@ -11,7 +11,7 @@ The numbers of memory are those that the tests measure; time is an estimate that
     python parallel/plan.py --preset 8b --gpus 64 --memory_gib 80 --tokens 1e12
     python parallel/plan.py --preset 70b --gpus 256 --memory_gib 80 --seq_len 8192 --global_batch_size 1024
 
-Formulas: ZeRO arXiv:1910.02054; tensor parallelism and activations Korthikanti et al. arXiv:2205.05198, here for SwiGLU,
+Formulas: ZeRO arXiv:1910.02054; tensor parallelism and activations Korthikanti et al. arXiv:2205.05198, for SwiGLU,
 grouped-query attention and a fused attention kernel, which keeps no scores; bubbles arXiv:2104.04473, section 2.2.
 """
 
@@ -49,7 +49,8 @@ class Shape(NamedTuple):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward and backward, recomputation apart: 6 N + 12 L H D S, the table of a lookup left out."""
-        return 6 * (self.layers * self.layer + self.hidden + self.table) + 12 * self.layers * self.heads * self.head_dim * seq_len
+        attention = 12 * self.layers * self.heads * self.head_dim * seq_len
+        return 6 * (self.layers * self.layer + self.hidden + self.table) + attention
 
 
 PRESETS = {"124m": Shape(768, 2048, 12, 12, 12, 50304, True), "350m": Shape(1024, 2752, 24, 16, 16, 50304, True),
@@ -114,7 +115,7 @@ def memory(shape: Shape, layout: Layout, seq_len: int, microbatches: int) -> dic
     kept = in_flight * layers * border + of_layer if layout.recompute else in_flight * layers * of_layer
     return {"parameters": 4 * P / split[0], "gradients": 4 * P / split[1], "optimizer": 8 * P / split[2],
             "units": 2 * 2 * shape.layer / layout.tp * (layout.zero == 3 and n > 1), "copies": copies,
-            "activations": kept, "logits": 10 * tokens * shape.vocab / layout.tp}  # bfloat16, its float32 copy, gradient
+            "activations": kept, "logits": 10 * tokens * shape.vocab / layout.tp}  # bfloat16, float32, its gradient
 
 
 def traffic(shape: Shape, layout: Layout, seq_len: int, microbatches: int) -> dict[str, float]:
@@ -175,18 +176,20 @@ def plans(shape: Shape, gpus: int, machine: Machine, seq_len: int, global_batch:
                                 speed = global_batch * seq_len / sum(seconds.values())
                                 found.append((speed, layout, needs, seconds))
     if not found:
-        fits = "no layout divides the batch" if least is None else f"the leanest layout needs {least / 1e9:.0f} GB a GPU"
-        raise ValueError(f"{shape.numel / 1e9:.1f}B weights do not fit {gpus} GPUs of {machine.memory / 1e9:.0f} GB: {fits}; "
+        fits = "no layout divides the batch" if least is None else f"the leanest layout needs {least / 1e9:.0f} GB each"
+        raise ValueError(f"{shape.numel / 1e9:.1f}B weights do not fit {gpus} GPUs of {machine.memory / 1e9:.0f} GB: "
+                         f"{fits}; "
                          "take more GPUs, a shorter --seq_len, or --offload")
 
     def order(plan: tuple) -> tuple:  # of equally fast ones the simplest, with passes of up to 16 k tokens
         layout = plan[1]
-        return -round(plan[0], -2), layout.pp, layout.tp, layout.cp, layout.zero, -min(layout.micro_batch * seq_len, 2**14)
+        tokens = min(layout.micro_batch * seq_len, 2**14)
+        return -round(plan[0], -2), layout.pp, layout.tp, layout.cp, layout.zero, -tokens
 
     return sorted(found, key=order)
 
 
-def days_and_cost(shape: Shape, tokens: float, tokens_per_second: float, gpus: int, price: float) -> tuple[float, float]:
+def days_and_cost(tokens: float, tokens_per_second: float, gpus: int, price: float) -> tuple[float, float]:
     """Days to train on `tokens`, and their cost at `price` per GPU and hour."""
     seconds = tokens / tokens_per_second
     return seconds / 86400, seconds / 3600 * gpus * price
@@ -214,23 +217,23 @@ def main() -> None:
         parser.exit(2, f"error: {error}\n")
     print(f"{a.preset}: {shape.numel / 1e9:.2f}B weights, {shape.flops_per_token(a.seq_len) / 1e9:.1f} GFLOP a token; "
           f"{a.gpus} GPUs of {a.memory_gib:g} GiB; global batch {a.global_batch_size} x {a.seq_len} tokens\n")
-    print(f"{'dp':>4}{'tp':>4}{'pp':>4}{'cp':>4}{'zero':>5}{'micro':>6}{'ckpt':>5} |{'states':>8}{'activ.':>8}{'all GiB':>8} |"
-          f"{'compute':>8}{'bubble':>7}{'comm.':>7} s |{'tokens/s/GPU':>13}{'MFU':>5}")
+    print(f"{'dp':>4}{'tp':>4}{'pp':>4}{'cp':>4}{'zero':>5}{'micro':>6}{'ckpt':>5} |{'states':>8}{'activ.':>8}"
+          f"{'all GiB':>8} |{'compute':>8}{'bubble':>7}{'comm.':>7} s |{'tokens/s/GPU':>13}{'MFU':>5}")
     kinds = {}
     for plan in best:  # of each way to cut, the best
         kinds.setdefault(plan[1][:5], plan)
     for speed, layout, needs, seconds in list(kinds.values())[: a.rows]:
         states = sum(needs[name] for name in ("parameters", "gradients", "optimizer", "units", "copies"))
-        other = sum(seconds[name] for name in ("tp", "dp", "pp", "cp"))
+        kept, other = needs["activations"] + needs["logits"], sum(seconds[name] for name in ("tp", "dp", "pp", "cp"))
         mfu = speed * shape.flops_per_token(a.seq_len) / (a.gpus * machine.peak)
         print(f"{layout.dp:4}{layout.tp:4}{layout.pp:4}{layout.cp:4}{layout.zero:5}{layout.micro_batch:6}"
-              f"{'full' if layout.recompute else '-':>5} |{states / 2**30:8.1f}{(needs['activations'] + needs['logits']) / 2**30:8.1f}"
+              f"{'full' if layout.recompute else '-':>5} |{states / 2**30:8.1f}{kept / 2**30:8.1f}"
               f"{sum(needs.values()) / 2**30:8.1f} |{seconds['compute']:8.2f}{seconds['bubble']:7.2f}{other:7.2f}   |"
               f"{speed / a.gpus:13,.0f}{mfu:5.0%}")
     speed, layout, *_ = best[0]
-    days, cost = days_and_cost(shape, a.tokens, speed, a.gpus, a.price)
-    print(f"\nrecommended: {layout.flags()}\n{a.tokens:.3g} tokens: {days:,.1f} days, {cost:,.0f} dollars at {a.price:g} "
-          "per GPU and hour (estimates: see the docstring)")
+    days, cost = days_and_cost(a.tokens, speed, a.gpus, a.price)
+    print(f"\nrecommended: {layout.flags()}\n{a.tokens:.3g} tokens: {days:,.1f} days, {cost:,.0f} dollars at "
+          f"{a.price:g} per GPU and hour (estimates: see the docstring)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ZeRO-1 and ZeRO-2: every rank updates its part of the parameters, and so keeps the optimizer's state of that part only.
+"""ZeRO-1 and ZeRO-2: every rank updates its part of the parameters, and so keeps only that part's optimizer state.
 
     reduce-scatter the gradients  ->  step on 1/n of the weights  ->  all-gather the weights
 
@@ -165,8 +165,8 @@ class Zero:
     overlap, as does overlap=False. offload: the optimizer's weights, gradients and state are kept in the CPU's memory.
     """
 
-    def __init__(self, parameters, optimizer, group, stage: int = 1, *, axes=("dp", "cp"), bucket_bytes: int = 25 * 2**20,
-                 overlap: bool = True, before=None, offload: bool = False):
+    def __init__(self, parameters, optimizer, group, stage: int = 1, *, axes=("dp", "cp"),
+                 bucket_bytes: int = 25 * 2**20, overlap: bool = True, before=None, offload: bool = False):
         if stage not in (1, 2):
             raise ValueError(f"ZeRO stage {stage} is not in this file: 1 shards the optimizer, 2 gradients too")
         self.optimizer, self.stage, self.before = optimizer, stage, before

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from model import CausalLM, ModelConfig
 from one_process import CLIP, LR, STEPS, assert_close, global_batch
 from optim import build_optimizer, clip_grad_norm
 from parallel import parallelize
 from parallel.mesh import Mesh
 from processes import run_on
-import torch.nn.functional as F
 
 
 def model_of(tied: bool) -> CausalLM:

@@ -83,7 +83,7 @@ def test_every_plan_fits_and_the_fastest_comes_first():
     assert all(layout.dp * layout.tp * layout.pp * layout.cp == 8 for _, layout, _, _ in found)
     assert found[0][0] >= 0.999 * max(speed for speed, *_ in found)
     speed, layout, *_ = found[0]
-    assert days_and_cost(PRESETS["1b"], speed * 86400, speed, 8, 2.0) == pytest.approx((1.0, 8 * 24 * 2.0))
+    assert days_and_cost(speed * 86400, speed, 8, 2.0) == pytest.approx((1.0, 8 * 24 * 2.0))
 
 
 def test_of_equally_fast_plans_the_simplest_is_recommended():
