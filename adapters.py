@@ -11,7 +11,7 @@
                       times a trained one
     BitFit            the biases that are there                                                        arXiv:2106.10199
 
-    H hidden size, L layers, Hkv D heads times size of keys, F the MLP's inner size. LoRA has a file of its own, lora.py.
+    H hidden size, L layers, Hkv D heads times size of keys, F the MLP's inner size. LoRA stands in lora.py.
 
     add_prefix_tuning(model, 20)                     # freezes the model; model(input_ids) has the prefix from now on
     with disable_adapters(model): ...                # the base, bit for bit
@@ -93,7 +93,7 @@ def remove_adapters(model: nn.Module) -> None:
         vars(host).pop("prefix_of", None)
 
 
-# --------------------------------------------------------------------------------------------------------- prompt tuning
+# -------------------------------------------------------------------------------------------------------- prompt tuning
 
 
 class PromptEmbedding(Adapter):
@@ -123,7 +123,8 @@ def mlp(shapes, activation, seed: int) -> nn.Sequential:
     layers = []
     for i, (out, size) in enumerate(shapes):
         linear = nn.utils.skip_init(nn.Linear, size, out)
-        linear.weight, linear.bias = draw((out, size), 1 / math.sqrt(size), seed, f"mlp.{i}"), nn.Parameter(torch.zeros(out))
+        linear.weight = draw((out, size), 1 / math.sqrt(size), seed, f"mlp.{i}")
+        linear.bias = nn.Parameter(torch.zeros(out))
         layers += [linear, activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -158,11 +159,11 @@ def with_prompt(model: nn.Module, input_ids: Tensor) -> Tensor:
     return torch.cat((virtual.expand(len(input_ids), n), input_ids), dim=1)
 
 
-# --------------------------------------------------------------------------------------------------------- prefix tuning
+# -------------------------------------------------------------------------------------------------------- prefix tuning
 
 
 class Prefix(Adapter):
-    """n keys and values for each layer: the rows of `prompt_embeddings` (n, L * 2 * Hkv * D), layer by layer, k then v."""
+    """n keys and values for each layer: the rows of `prompt_embeddings` (n, L * 2 * Hkv * D), by layers, k then v."""
 
     def __init__(self, n: int, config, hidden: int | None, seed: int):
         super().__init__()
@@ -184,7 +185,8 @@ class Prefix(Adapter):
         else:  # only its rows of the last matrix
             first, tanh, last = self.mlp
             rows = slice(layer * 2 * heads * D, (layer + 1) * 2 * heads * D)
-            mine = F.linear(tanh(first(self.prompt_embeddings)), last.weight[rows], last.bias[rows]).view(n, 2, heads, D)
+            inner = tanh(first(self.prompt_embeddings))
+            mine = F.linear(inner, last.weight[rows], last.bias[rows]).view(n, 2, heads, D)
         return mine[:, 0], mine[:, 1]
 
 
@@ -262,7 +264,7 @@ def add_prefix_tuning(model: nn.Module, n: int, *, init_ids: list[int] | None = 
     if n < 1 or init_ids is not None and (len(init_ids) != n or hidden):
         raise ValueError(f"a prefix of {n} from {init_ids} with hidden={hidden}: give n >= 1 and n init_ids, or hidden")
     if config.sliding_window:
-        raise ValueError(f"prefix tuning with sliding_window {config.sliding_window}: the prefix would slide out of sight")
+        raise ValueError(f"prefix tuning, sliding_window {config.sliding_window}: the prefix would slide out of sight")
     freeze(model)
     prefix, record = like(Prefix(n, config, hidden, seed), model), Record()
     if not hidden:
@@ -280,7 +282,7 @@ def add_prefix_tuning(model: nn.Module, n: int, *, init_ids: list[int] | None = 
         prefix.handles.append(layer.self_attn.register_forward_pre_hook(lend_prefix))
 
 
-# ------------------------------------------------------------------------------------------------------------ bottleneck
+# ----------------------------------------------------------------------------------------------------------- bottleneck
 
 
 class Bottleneck(Adapter):
@@ -317,7 +319,7 @@ def add_bottleneck(model: nn.Module, size: int, *, where: str = "houlsby", activ
             module.adapter.handles = [module.register_forward_hook(lambda host, args, y: host.adapter(y))]
 
 
-# -------------------------------------------------------------------------------------------------------- IA3 and biases
+# ------------------------------------------------------------------------------------------------------- IA3 and biases
 
 
 class IA3(Adapter):
@@ -348,8 +350,8 @@ def add_ia3(model: nn.Module, targets=("k_proj", "v_proj"), feedforward=("down_p
         inward = any(path == name or path.endswith(f".{name}") for name in feedforward)
         if inward or any(path == name or path.endswith(f".{name}") for name in targets):
             linear.ia3 = like(IA3((1, linear.in_features) if inward else (linear.out_features, 1), inward), model)
-            hook = linear.register_forward_pre_hook(scale_input) if inward else linear.register_forward_hook(scale_output)
-            linear.ia3.handles = [hook]
+            linear.ia3.handles = [linear.register_forward_pre_hook(scale_input) if inward else
+                                  linear.register_forward_hook(scale_output)]
 
 
 @torch.no_grad()
@@ -376,7 +378,7 @@ def bitfit(model: nn.Module) -> None:
         p.requires_grad_(True)
 
 
-# ---------------------------------------------------------------------------------------------------------- PEFT folders
+# --------------------------------------------------------------------------------------------------------- PEFT folders
 
 
 def to_peft(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
@@ -406,7 +408,8 @@ def to_peft(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
         return config, {f"base_model.model.{path.removesuffix('.ia3')}.ia3_l": a.ia3_l for path, a in adapters.items()}
     where = "houlsby" if any(path.endswith("self_attn.adapter") for path in adapters) else "pfeiffer"
     config |= {"peft_type": "BOTTLENECK", "size": first.down.out_features, "where": where}
-    return config, {f"base_model.model.{path}.{name}": p for path, a in adapters.items() for name, p in a.named_parameters()}
+    return config, {f"base_model.model.{path}.{name}": p for path, adapter in adapters.items()
+                    for name, p in adapter.named_parameters()}
 
 
 @torch.no_grad()
@@ -418,10 +421,12 @@ def from_peft(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> Non
     kind, table = config.get("peft_type"), tensors.get("prompt_embeddings")
     if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
         c = model.config
-        width = c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim if kind == "PREFIX_TUNING" else c.hidden_size
+        prefix = c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim
+        width = prefix if kind == "PREFIX_TUNING" else c.hidden_size
         if table is None or len(tensors) != 1 or table.dim() != 2 or table.shape[1] != width or not len(table):
             held = {name: tuple(t.shape) for name, t in tensors.items()}
-            raise ValueError(f"an adapter of another model: {kind} with {held}, this one needs prompt_embeddings (n, {width})")
+            raise ValueError(f"an adapter of another model: {kind} with {held}, this one needs prompt_embeddings "
+                             f"(n, {width})")
         if kind == "PREFIX_TUNING":
             add_prefix_tuning(model, len(table))
             model.model.prefix.prompt_embeddings.copy_(table)
@@ -432,8 +437,9 @@ def from_peft(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> Non
     if kind == "IA3":
         inward = config.get("feedforward_modules") or []
         targets = config.get("target_modules") or []
-        if isinstance(targets, str) or isinstance(inward, str) or config.get("fan_in_fan_out") or config.get("modules_to_save"):
-            raise ValueError("IA3: target_modules must be a list, and fan_in_fan_out and modules_to_save are not supported")
+        regex, odd = isinstance(targets, str) or isinstance(inward, str), ("fan_in_fan_out", "modules_to_save")
+        if regex or any(config.get(name) for name in odd):
+            raise ValueError(f"IA3: target_modules must be a list, and {' and '.join(odd)} are not supported")
         add_ia3(model, [name for name in targets if name not in inward], inward)
     elif kind == "BOTTLENECK":
         add_bottleneck(model, config["size"], where=config["where"])

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEFT_OUT = ("lm_head", "embed_out", "score", "classifier", "gate")  # of "all-linear": heads as in PEFT, experts' routers
+LEFT_OUT = ("lm_head", "embed_out", "score", "classifier", "gate")  # by "all-linear": heads as in PEFT, and routers
 
 
 @dataclass
@@ -43,10 +43,10 @@ class LoRAConfig:
     r: int = 8  # rank of the update
     alpha: float = 16.0  # the update counts alpha / r times
     dropout: float = 0.0  # on what A reads, in training mode
-    target_modules: str | list[str] = "all-linear"  # names' ends ("q_proj"), regexes of whole names, or all but the head
+    target_modules: str | list[str] = "all-linear"  # ends of names ("q_proj"), regexes of whole names, or this
     use_rslora: bool = False  # alpha / sqrt(r)
     use_dora: bool = False  # the direction is learned by A and B, the length of each row apart
-    modules_to_save: list[str] = field(default_factory=list)  # modules to train whole, such as "embed_tokens", "lm_head"
+    modules_to_save: list[str] = field(default_factory=list)  # to train whole, such as "embed_tokens", "lm_head"
     rank_pattern: dict[str, int] = field(default_factory=dict)  # another r for layers whose name ends so (a regex)
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # another alpha, likewise
     base_model: str | None = None  # folder or hub name of the model without adapters, for the reader of the files
@@ -70,7 +70,7 @@ class LoRAConfig:
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
-# ------------------------------------------------------------------------------------------------------------ the layers
+# ----------------------------------------------------------------------------------------------------------- the layers
 
 
 class LoRALinear(nn.Module):
@@ -229,7 +229,7 @@ def _matches(target: str, path: str) -> bool:
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The names of the layers that config.target_modules means. ValueError for one that means none, naming what there is."""
+    """The names of the layers that config.target_modules means. ValueError where that is none, with those there are."""
     modules = _bare(model)
     linear = [path for path, module in modules.items() if is_linear(module)]
     targets = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
@@ -241,18 +241,19 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     for target in targets:
         for path, p in model.named_parameters():
             if p.dim() > 2 and _matches(target, path):
-                raise ValueError(f"target_modules: {target!r} means {path}, stacked experts of shape {tuple(p.shape)}, which "
-                                 "take no adapters here; name layers beside them by more of their names")
+                raise ValueError(f"target_modules: {target!r} means {path}, stacked experts of shape {tuple(p.shape)}, "
+                                 "which take no adapters here; name layers beside them by more of their names")
         if not any(_matches(target, path) for path in linear):
-            others = [f"{path} is a {type(module).__name__}" for path, module in modules.items() if _matches(target, path)]
+            others = [f"{path} is a {type(modules[path]).__name__}" for path in modules if _matches(target, path)]
             kinds = sorted({path.rpartition(".")[2] for path in linear})
-            raise ValueError(f"target_modules: {target!r} matches no linear layer{f' ({others[0]})' if others else ''}; "
-                             f"there are: {', '.join(kinds)}")
+            other = f" ({others[0]})" if others else ""
+            raise ValueError(f"target_modules: {target!r} matches no linear layer{other}; there are: "
+                             + ", ".join(kinds))
     return [path for path in linear if path not in whole and any(_matches(target, path) for target in targets)]
 
 
-def _install(model: nn.Module, name: str, config: LoRAConfig, paths: list[str], whole: list[str]) -> dict[str, LoRALinear]:
-    """Give the linear layers at `paths` an adapter `name` that does nothing yet, and those at `whole` a copy to train."""
+def _install(model: nn.Module, name: str, config: LoRAConfig, paths: list[str], whole: list[str]) -> dict:
+    """Give the layers at `paths` an adapter `name` that does nothing yet, and modules at `whole` a copy to train."""
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"adapter name {name!r}: must be a name such as default, of letters, digits and _")
     if any(name in module.config for module in adapted(model).values()):
@@ -268,8 +269,8 @@ def _install(model: nn.Module, name: str, config: LoRAConfig, paths: list[str], 
             raise ValueError(f"{path} shares its weight with {next(p for p in shared if p != path)}: an adapter on it "
                              "could not be merged; leave it out, or train both whole by modules_to_save")
     # Tied modules go together: copied in one call, their copies are tied as well.
-    whole = sorted({owner.removesuffix(".original_module") for path in whole for p in modules[path].parameters(recurse=False)
-                    for owner in owners[id(p)]})
+    whole = sorted({owner.removesuffix(".original_module") for path in whole
+                    for p in modules[path].parameters(recurse=False) for owner in owners[id(p)]})
     for path in (*paths, *whole):
         if isinstance(there := model.get_submodule(path), LoRALinear if path in whole else TrainedWhole):
             raise ValueError(f"{path} is a {type(there).__name__} of another adapter, and cannot be both kinds")
@@ -335,7 +336,7 @@ def use_adapter(model: nn.Module, name: str | None):
 
 
 def disable_adapters(model: nn.Module):
-    """`with disable_adapters(model):` the model is its base, bit for bit: the reference of DPO, GRPO and PPO for free."""
+    """`with disable_adapters(model):` the model is its base, bit for bit: a reference for DPO, GRPO and PPO."""
     return use_adapter(model, None)
 
 
@@ -349,8 +350,8 @@ def parameter_report(model: nn.Module) -> dict:
     total = sum(p.numel() for p in model.parameters() if id(p) not in packed)
     total += sum(m.in_features * m.out_features + (0 if m.bias is None else m.out_features) for m in quantized)
     count = sum(p.numel() for p in trainable)
-    return {"trainable": count, "total": total, "share": count / total, "trainable_bytes": sum(p.nbytes for p in trainable),
-            "bytes": sum(t.nbytes for t in tensors)}
+    return {"trainable": count, "total": total, "share": count / total,
+            "trainable_bytes": sum(p.nbytes for p in trainable), "bytes": sum(t.nbytes for t in tensors)}
 
 
 # --------------------------------------------------------------------------------------------------- merging, removing
@@ -373,7 +374,7 @@ def merge_lora(model: nn.Module, final: bool = False) -> nn.Module:
         if layer.merged not in (None, layer.active):
             raise ValueError(f"{path}: adapter {layer.merged!r} is merged already: unmerge_lora first")
         if isinstance(layer.base, nn.Linear) and type(layer.base) is not nn.Linear:
-            raise ValueError(f"{path}: a {type(layer.base).__name__} does more than multiply, so it can take no adapter in")
+            raise ValueError(f"{path}: a {type(layer.base).__name__} does more than multiply: it cannot take one in")
     for key, tensor in adapter_tensors(model).items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key.removeprefix(PREFIX)} is not finite: the adapter is not merged")
@@ -408,14 +409,14 @@ def remove_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------- PEFT folders
+# --------------------------------------------------------------------------------------------------------- PEFT folders
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
         "peft_type", "base_model_name_or_path"}
 IMPLIED = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}  # by the names of the tensors
-HARMLESS = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core", "qalora_group_size",
-            "ensure_weight_tying", "eva_config"}
+HARMLESS = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core",
+            "qalora_group_size", "ensure_weight_tying", "eva_config"}
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it is
 
 
@@ -446,11 +447,12 @@ def save_adapter(model: nn.Module, folder, name: str | None = None) -> None:
     layers, whole = ([path for path, m in mine.items() if isinstance(m, kind)] for kind in (LoRALinear, TrainedWhole))
     config = next(m.config[name or m.active] for m in mine.values())
     ends = sorted({path.rpartition(".")[2] for path in layers})
-    exact = all(path in layers for path, module in _bare(model).items() if is_linear(module) and path.rpartition(".")[2] in ends)
+    alike = [path for path, m in _bare(model).items() if is_linear(m) and path.rpartition(".")[2] in ends]
     write_peft(folder, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.base_model, "inference_mode": True,
-        "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none",
-        "target_modules": ends if exact else sorted(layers), "modules_to_save": sorted(whole) or None,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.base_model,
+        "inference_mode": True, "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "target_modules": ends if len(alike) == len(layers) else sorted(layers), "bias": "none",
+        "modules_to_save": sorted(whole) or None,
         "use_rslora": config.use_rslora, "use_dora": config.use_dora, "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern, "fan_in_fan_out": False, "init_lora_weights": True}, tensors)
 
@@ -459,7 +461,7 @@ def save_adapter(model: nn.Module, folder, name: str | None = None) -> None:
 def load_adapter(model: nn.Module, folder, name: str = "default") -> nn.Module:
     """Put the adapter of a PEFT folder on the model, in place, as apply_lora would: it acts, and it alone is trained.
 
-    The tensors' names tell which layers it has. Nothing changes unless all fits. ValueError, one line: no such folder, a
+    The tensors' names tell which layers it has. Nothing changes unless all fits. ValueError: no such folder, a
     feature that would change the result unseen, another rank than the configuration's, layers the model lacks.
     """
     theirs, tensors = read_peft(folder)
@@ -483,7 +485,7 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> nn.Module:
     whole = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors if ".lora_" not in key})
     for path in layers:
         if not is_linear(layer := modules.get(path)):
-            raise ValueError(f"{where}: an adapter of another model: it has {path}, where this model has no linear layer")
+            raise ValueError(f"{where}: an adapter of another model: this one has no linear layer {path}")
         r, _ = config.of(path)
         shapes = {"lora_A.weight": (r, layer.in_features), "lora_B.weight": (layer.out_features, r)}
         shapes |= {"lora_magnitude_vector": (layer.out_features,)} if config.use_dora else {}
@@ -542,8 +544,9 @@ def read_peft(folder) -> tuple[dict, dict[str, Tensor]]:
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for path in (config, file):
         if not path.is_file():
-            pickled = " (adapter_model.bin is pickle, which is not read)" if (folder / "adapter_model.bin").exists() else ""
-            raise ValueError(f"{folder}: not a PEFT adapter: no {path.name}{pickled}")
+            pickled = (folder / "adapter_model.bin").exists()
+            raise ValueError(f"{folder}: not a PEFT adapter: no {path.name}"
+                             + " (adapter_model.bin is pickle, which is not read)" * pickled)
     try:
         settings = json.loads(config.read_bytes())
         if not isinstance(settings, dict):
@@ -560,8 +563,8 @@ def read_peft(folder) -> tuple[dict, dict[str, Tensor]]:
             if begin != end or any(type(n) is not int or n < 0 for n in (begin, stop, *shape)) \
                     or stop - begin != math.prod(shape) * dtype.itemsize or start + stop > len(raw):
                 raise ValueError(f"{key} does not lie where it should")
-            tensors[key] = torch.frombuffer(bytearray(raw[start + begin:start + stop]) or bytearray(8), dtype=torch.uint8)
-            tensors[key], end = tensors[key][:stop - begin].view(dtype).view(shape), stop
+            numbers = torch.frombuffer(bytearray(raw[start + begin:start + stop]) or bytearray(8), dtype=torch.uint8)
+            tensors[key], end = numbers[:stop - begin].view(dtype).view(shape), stop
         if start + end != len(raw):
             raise ValueError(f"its tensors end at byte {start + end}, the file at {len(raw)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -573,12 +576,12 @@ if __name__ == "__main__":
     with torch.device("meta"):  # Llama 2 7B's linear layers: shapes, no memory
         sizes = dict(q_proj=(4096, 4096), k_proj=(4096, 4096), v_proj=(4096, 4096), o_proj=(4096, 4096),
                      gate_proj=(4096, 11008), up_proj=(4096, 11008), down_proj=(11008, 4096))
-        layers = [nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in sizes.items()}) for _ in range(32)]
+        layers = [nn.ModuleDict({n: nn.Linear(*shape, bias=False) for n, shape in sizes.items()}) for _ in range(32)]
         model = nn.ModuleDict({"layers": nn.ModuleList(layers), "embed_tokens": nn.Embedding(32000, 4096),
                                "lm_head": nn.Linear(4096, 32000, bias=False)})
     for targets in (["q_proj", "v_proj"], "all-linear"):
         for r in (8, 64):
             told = parameter_report(apply_lora(model, LoRAConfig(r=r, target_modules=targets)))
             print(f"{str(targets):22} r = {r:2}: {told['trainable']:11,} of {told['total']:,} weights trained, "
-                  f"{told['share']:.2%}; AdamW's state and gradients take {3 * told['trainable_bytes'] / 2**20:,.0f} MiB")
+                  f"{told['share']:.2%}; AdamW and gradients take {3 * told['trainable_bytes'] / 2**20:,.0f} MiB")
             remove_lora(model)
