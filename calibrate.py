@@ -56,7 +56,7 @@ class Args:
     alpha: float = 0.5  # smoothquant: how much of the activations' size goes to the weights, 0.5 to 0.9
     windows: int = 128  # calibration samples
     seq_len: int | None = None  # of a sample; None: the model's context, at most 2048
-    format: str = "auto"  # of the folder: bitsandbytes gptq gptq_v2 awq fbgemm_fp8 glassbox; auto: what most programs read
+    format: str = "auto"  # bitsandbytes gptq gptq_v2 awq fbgemm_fp8 glassbox; auto: what most programs read
     device: str = "cpu"  # or cuda, cuda:1, mps
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of what is not rounded
 

@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=100, help="of the text, for the perplexity")
     parser.add_argument("--steps", type=int, default=300, help="of training that rounds")
     parser.add_argument("--speed", action="store_true", help="times alone")
-    parser.add_argument("--gptq_layers", type=int, default=12, help="how many of the big model's 12 layers GPTQ is timed on")
+    parser.add_argument("--gptq_layers", type=int, default=12, help="of the big model's 12, to time GPTQ on")
     args = parser.parse_args()
     if args.speed:
         write_results("quant_speed", speed(args.gptq_layers))
