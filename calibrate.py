@@ -240,13 +240,16 @@ def first_states(model: nn.Module, windows: Tensor) -> tuple[Tensor, list]:
 
 def run_layer(layer: nn.Module, states: Tensor, call, watch: dict | None = None, out: Tensor | None = None) -> None:
     """Run the layer over states (n, S, hidden), some windows at a time, into `out`; before each module of
-    `watch` {module: function}, function(args, kwargs) sees what it is called with."""
+    `watch` {module: function}, function(args, kwargs) sees what it is called with, and may raise _Stop."""
     hooks = [module.register_forward_pre_hook(lambda _, args, kwargs, f=f: f(args, kwargs), with_kwargs=True)
              for module, f in (watch or {}).items()]
     for i in range(0, len(states), 8):
-        y = layer(states[i : i + 8], *call[0], **call[1])
-        if out is not None:
-            out[i : i + 8] = y
+        try:
+            y = layer(states[i : i + 8], *call[0], **call[1])
+            if out is not None:
+                out[i : i + 8] = y
+        except _Stop:
+            pass
     for hook in hooks:
         hook.remove()
 
@@ -293,24 +296,21 @@ def calibrate(model: nn.Module, windows: Tensor, method: str = "gptq", *, bits: 
 
 
 def _gptq_layer(layer, states, call, linears, act_order, group_scales, damping, rounding) -> str:
+    """q, k and v first, then o on what they put out when rounded, then gate and up, then down."""
     errors = []
-    groups = sharing(layer, states, call, linears)
-    wide = torch.promote_types(states.dtype, torch.float32)
-    sizes = {names[0]: linears[names[0]].in_features for names in groups}
-    H = {name: torch.zeros(K, K, dtype=wide, device=states.device) for name, K in sizes.items()}
+    for names in sharing(layer, states, call, linears):
+        K = linears[names[0]].in_features
+        H = torch.zeros(K, K, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
 
-    def add_to(name):
         def add(args, kwargs):
-            x = args[0].flatten(0, -2).to(H[name].dtype)
-            H[name].addmm_(x.t(), x, alpha=2 / (states.shape[0] * states.shape[1]))  # H = (2 / n) sum x x^T
-        return add
+            x = args[0].flatten(0, -2).to(H.dtype)
+            H.addmm_(x.t(), x, alpha=2 / (states.shape[0] * states.shape[1]))  # H = (2 / n) sum x x^T
+            raise _Stop  # what comes after is of no use now
 
-    run_layer(layer, states, call, {linears[names[0]]: add_to(names[0]) for names in groups})
-    for names in groups:
+        run_layer(layer, states, call, {linears[names[0]]: add})
         for name in names:
-            linear = linears[name]
-            rounded = gptq(linear.weight, H[names[0]], act_order=act_order, group_scales=group_scales,
-                           damping=damping, **rounding)
+            rounded = gptq(linears[name].weight, H, act_order=act_order, group_scales=group_scales, damping=damping,
+                           **rounding)
             quantize_model(layer, "int4", layers=[name], act_order=act_order, **rounding)
             layer.get_submodule(name).set_codes(*rounded[:3], rounded.g_idx if act_order else None)
             errors.append(f"{name} {rounded.error:.3g}")

@@ -260,6 +260,19 @@ def test_each_layer_is_calibrated_on_what_the_rounded_layers_before_it_put_out()
     assert same.float().mean() > 0.99  # sums in another order may round a number differently
 
 
+def test_o_is_rounded_on_what_the_rounded_q_k_and_v_put_out():
+    model = tiny(num_hidden_layers=1)
+    ours = calibrate.calibrate(copy.deepcopy(model), WINDOWS, "gptq", bits=3, group_size=32)
+    seen = {}
+    ours.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
+    with torch.no_grad():
+        ours(WINDOWS)
+    x = seen["x"].flatten(0, 1)
+    by_hand = gptq(model.model.layers[0].self_attn.o_proj.weight, 2 / len(x) * x.T @ x, bits=3, group_size=32)
+    same = (decoded(by_hand) - ours.model.layers[0].self_attn.o_proj.dequantize()).abs() < 1e-6
+    assert same.float().mean() > 0.99
+
+
 def test_only_one_layer_s_states_are_kept():
     model, alive = tiny(num_hidden_layers=3), []
     original = calibrate.run_layer
@@ -274,7 +287,7 @@ def test_only_one_layer_s_states_are_kept():
         calibrate.calibrate(model, WINDOWS, "gptq", group_size=32)
     finally:
         calibrate.run_layer = original
-    assert len(alive) == 9 and len(set(alive)) == 1
+    assert len(alive) == 3 * 6 and len(set(alive)) == 1  # who reads what, four inputs, the output
 
 
 # --------------------------------------------------------------------------------------------------------- command line
