@@ -33,8 +33,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import lora
 from data.chat import stop_ids
+from hf_config import extend_context
 from model import CausalLM, ModelConfig
+from quant import quantize_model
 
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
           "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
@@ -230,37 +233,19 @@ def hf_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def extend_context(config: ModelConfig, seq_len: int, kind: str | None) -> ModelConfig:
-    """The config for texts of seq_len positions: itself if it takes them, else with RoPE scaled to them by `kind`.
-
-    kind: linear, dynamic or yarn (see model.inverse_frequency); the factor is the ratio of the lengths. ValueError:
-    none is given but one is needed; positions that are learned; a model that is scaled already."""
-    known, scaling = config.max_position_embeddings, config.rope_scaling
-    if seq_len <= known:
-        return config
-    if config.position_embedding_type == "alibi":  # distances have no trained length
-        return dataclasses.replace(config, max_position_embeddings=seq_len)
-    if scaling or config.position_embedding_type == "learned":
-        why = f"scaled by {scaling['rope_type']} already" if scaling else "a learned vector each"
-        raise ValueError(f"--seq_len {seq_len}: the model knows {known} positions, {why}: it takes no more")
-    if kind not in ("linear", "dynamic", "yarn"):
-        raise ValueError(f"--seq_len {seq_len}: the model knows {known} positions; --rope_scaling linear, dynamic or "
-                         f"yarn would stretch them{f', not {kind!r}' if kind else ''}")
-    scaling = {"rope_type": kind, "factor": seq_len / known, "original_max_position_embeddings": known}
-    return dataclasses.replace(config, max_position_embeddings=seq_len, rope_scaling=scaling)
-
-
 def save_model(folder, model: CausalLM, tokenizer=None) -> None:
-    """Write config.json, generation_config.json, model.safetensors (tied weights once) and the tokenizer's files."""
+    """Write a Hugging Face folder, tied weights once; of a model with adapters a PEFT folder, the adapter alone."""
     folder = Path(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    if lora.adapted(model):
+        return lora.save_adapter(model, folder)
     config = model.config.to_hf() | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     config |= {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS if config[name] is None}
     write_json(folder / "config.json", config)
     ends = {name: config[name] for name in SPECIAL_IDS if config[name] is not None}
     write_json(folder / "generation_config.json", ends)
     write_safetensors(folder / "model.safetensors", hf_tensors(model), {"format": "pt"})
-    if tokenizer is not None:
-        tokenizer.save(folder)
 
 
 def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
@@ -319,16 +304,36 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     return model.eval()
 
 
-def load_chat_model(path, tokenizer, template: str, *, seq_len: int = 1, **how) -> CausalLM:
-    """load_model of find_checkpoint(path), made ready for conversations as `tokenizer` (see prepare_tokenizer) renders.
+def open_model(path, **how) -> CausalLM:
+    """load_model of find_checkpoint(path); of an adapter's folder its base, the adapter merged: plain too."""
+    folder = find_checkpoint(path)
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(folder, **how)
+    settings, tensors = lora.read_peft(folder)
+    if not (base := settings.get("base_model_name_or_path")) or not Path(base).is_dir():
+        raise ValueError(f"{folder}: an adapter of {base!r}, and there is no such folder here")
+    model = open_model(base, **how)
+    rows = [len(tensor) for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
+    grow_vocabulary(model, max([model.config.vocab_size, *rows]))
+    return lora.merge_lora(lora.load_adapter(model, folder), final=True).requires_grad_(True).eval()
 
-    Its vocabulary grows by the tokens that the template added, and its turns end where the template's do. `how`: as in
-    load_model. ValueError also if the model knows fewer than seq_len positions and no rope_scaling is given."""
-    model = load_model(find_checkpoint(path), seq_len=seq_len, **how)
+
+def load_chat_model(path, tokenizer, template: str, *, seq_len: int = 1, load_in: str = "",
+                    adapter: lora.LoRAConfig | None = None, seed: int = 0, **how) -> CausalLM:
+    """open_model(path), made ready for conversations that `tokenizer` (see prepare_tokenizer) renders.
+
+    Its vocabulary grows by the tokens that the template added, and its turns end where the template's do. load_in: how
+    to quantize it (quant.METHODS); adapter, seed: what lora.apply_lora puts on. `how`, ValueError: as in load_model."""
+    model = open_model(path, seq_len=seq_len, **how)
     if (new := tokenizer.vocab_size - model.config.vocab_size) > 0:
         grow_vocabulary(model, tokenizer.vocab_size)
         print(f"the embedding grew by {new} tokens, each the mean of all others", file=sys.stderr)
     model.config.eos_token_id = sorted(stop_ids(tokenizer, template))
+    model = quantize_model(model, load_in) if load_in else model
+    if adapter is not None:
+        more = {"modules_to_save": ["embed_tokens", "lm_head"]} if new > 0 else {}  # new rows, alike, would stay alike
+        more["base_model"] = str(find_checkpoint(path).resolve())
+        lora.apply_lora(model, dataclasses.replace(adapter, **more), seed=seed)
     return model
 
 
@@ -422,9 +427,14 @@ def load_checkpoint(folder, model, optimizer=None) -> dict:
     """
     folder = Path(folder)
     verify(folder)
-    parameters, weights = dict(model.named_parameters()), hf_tensors(model)
-    saved = read_safetensors(folder / "model.safetensors")
-    _check(folder / "model.safetensors", saved, weights, dtypes=True)
+    parameters, file, weights = dict(model.named_parameters()), folder / "model.safetensors", hf_tensors
+    if adapted := lora.adapted(model):
+        file, weights = folder / "adapter_model.safetensors", lora.adapter_tensors
+        bases = {config.base_model for module in adapted.values() for config in module.config.values()}
+        if (base := read_json(folder / "adapter_config.json")["base_model_name_or_path"]) not in bases:
+            raise ValueError(f"{folder}: an adapter of {base}; the model was loaded from {min(bases)}")
+    saved, weights = read_safetensors(file), weights(model)
+    _check(file, saved, weights, dtypes=True)
     state = read_json(folder / "state.json")
     theirs = state.pop("optimizer")
     if optimizer is not None:
@@ -581,7 +591,7 @@ def find_checkpoint(path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
-    if any((path / name).is_file() for name in ("config.json", "manifest.json")):
+    if any((path / name).is_file() for name in ("config.json", "manifest.json", "adapter_config.json")):
         return path
     newest = latest(path)
     if newest is None:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import atomic_file, find_checkpoint, load_model, save_model, sync_folder, write_json
+from checkpoint import atomic_file, find_checkpoint, open_model, save_model, sync_folder, write_json
 from cli import parse, run
 from data.gguf_file import (FILE_TYPES, GGUF_KEYS, GGUF_SCALING, MAGIC, dequantize, fitting_kind, gguf_name, hf_name,
                             read_gguf, write_gguf)
@@ -65,7 +65,7 @@ def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", att
     what is none of these, or not whole; a GGUF of another architecture than those in ARCHITECTURES."""
     path = Path(path)
     if path.is_dir():
-        return load_model(find_checkpoint(path), dtype=dtype, device=device, attention=attention, mapped=mapped)
+        return open_model(path, dtype=dtype, device=device, attention=attention, mapped=mapped)
     config, names, tensor_of = (_open_gguf if _kind_of(path) == "gguf" else _open_llama2c)(path)
     try:
         config = dataclasses.replace(ModelConfig.from_hf(config), attention=attention)

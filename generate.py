@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import atomic_file, find_checkpoint, load_model
+from checkpoint import atomic_file, find_checkpoint, open_model
 from cli import parse, run
 from data.chat import render_prompt, stop_ids, template_of
 from data.tokenizer import load_tokenizer
@@ -386,7 +386,7 @@ def main() -> None:
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
     device, folder = detect_device(args.device), find_checkpoint(args.model)
     dtype = args.dtype and getattr(torch, args.dtype)
-    model, tokenizer = load_model(folder, dtype=dtype, device=device, attention=args.attention), load_tokenizer(folder)
+    model, tokenizer = open_model(folder, dtype=dtype, device=device, attention=args.attention), load_tokenizer(folder)
     context = model.config.max_position_embeddings
     tell(f"{folder} · {device} · {next(model.parameters()).dtype} · attention {args.attention}")
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks shall not end the run

@@ -7,7 +7,10 @@ to be without effect; what is none of these is refused by name.
 
     fields_of(config, known)   config.json's dict -> keyword arguments of ModelConfig
     config_of(fields)          those of a ModelConfig -> config.json's dict, as transformers 4 and 5 read it
+    extend_context(config, n)  a ModelConfig for longer texts, by RoPE scaling
 """
+
+import dataclasses
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MOE = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef",
@@ -86,3 +89,23 @@ def config_of(fields: dict) -> dict:
     if scaling.get("rope_type") == "dynamic":
         config["max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
     return config | {"rope_scaling": scaling or None}
+
+
+def extend_context(config, seq_len: int, kind: str | None):
+    """The ModelConfig for texts of seq_len positions: itself if it takes them, else with RoPE scaled to them by `kind`.
+
+    kind: linear, dynamic or yarn (see model.inverse_frequency); the factor is the ratio of the lengths. ValueError:
+    none is given but one is needed; positions that are learned; a model that is scaled already."""
+    known, scaling = config.max_position_embeddings, config.rope_scaling
+    if seq_len <= known:
+        return config
+    if config.position_embedding_type == "alibi":  # distances have no trained length
+        return dataclasses.replace(config, max_position_embeddings=seq_len)
+    if scaling or config.position_embedding_type == "learned":
+        why = f"scaled by {scaling['rope_type']} already" if scaling else "a learned vector each"
+        raise ValueError(f"--seq_len {seq_len}: the model knows {known} positions, {why}: it takes no more")
+    if kind not in ("linear", "dynamic", "yarn"):
+        raise ValueError(f"--seq_len {seq_len}: the model knows {known} positions; --rope_scaling linear, dynamic or "
+                         f"yarn would stretch them{f', not {kind!r}' if kind else ''}")
+    scaling = {"rope_type": kind, "factor": seq_len / known, "original_max_position_embeddings": known}
+    return dataclasses.replace(config, max_position_embeddings=seq_len, rope_scaling=scaling)

@@ -14,6 +14,8 @@ So a stage is a few lines on top:
 Nothing is computed below the precision of its input, or below float32 for 16-bit logits.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -135,6 +137,12 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
     if kind == "k3":
         return torch.expm1(-difference) + difference  # expm1: exact near 0, where most tokens lie
     raise ValueError(f"kind must be k1, k2 or k3, not {kind!r}")
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, finite and precise up to 0 (Maechler 2012): the log of "not this token"."""
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny ** 0.5)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
 def entropy(logits: Tensor) -> Tensor:

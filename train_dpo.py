@@ -4,14 +4,13 @@
     loss = - log sigmoid(beta * (c - r))                    (Rafailov et al. 2023, eq. 7; others in preference_loss)
 
     python train_dpo.py --model out/sft --data pairs.jsonl
-    python train_dpo.py --model out/sft --data pairs.jsonl --loss_type ipo --beta 0.05 --lr 5e-7
-    python train_dpo.py --model out/sft --data pairs.jsonl --reference online        # scored beside each step
+    python train_dpo.py --model out/sft --data pairs.jsonl --loss_type ipo --reference online
+    python train_dpo.py --model out/sft --data pairs.jsonl --lr 2e-4 --lora_r 16 --load_in nf4  # QLoRA
 
-The reference is --model itself (or --ref_model), scored once before training. Dropout is off throughout, so the loss of
-the first step is exactly ln 2. All randomness depends on (seed, step): a resumed run repeats the undisturbed one.
+The reference is --model itself (or --ref_model), scored once before training; with --lora_r the model with its adapters
+off. No dropout, so the first step's loss is exactly ln 2. All randomness depends on (seed, step), so resuming is exact.
 """
 
-import contextlib
 import hashlib
 import math
 import time
@@ -29,8 +28,9 @@ from cli import parse, run
 from data.chat import OWN, TEMPLATES, prepare_tokenizer, read_preferences, render, template_of, truncate
 from data.loader import shuffled
 from data.tokenizer import load_tokenizer
-from logprobs import padded, sequence_logprobs
-from model import CausalLM, num_parameters
+from logprobs import log1mexp, padded, sequence_logprobs
+from lora import LoRAConfig, disable_adapters, parameter_report
+from model import CausalLM
 from optim import build_optimizer, clip_grad_norm, learning_rate
 
 BY_LENGTH = ("ipo", "sigmoid_norm", "simpo", "orpo")  # losses of the mean log-probability of a token
@@ -68,7 +68,11 @@ class Args:
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # the learning rate after the warm-up
     weight_decay: float = 0.0  # decoupled, on matrices only
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
-    # execution
+    # adapters and execution
+    lora_r: int = 0  # rank of LoRA adapters, which alone are then trained; 0: train the whole model
+    lora_alpha: float = 16.0  # an adapter counts alpha / r times
+    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # layers, such as q_proj v_proj
+    load_in: Literal["", "nf4", "fp4", "int8", "int4"] = ""  # round the frozen model to this (QLoRA: nf4)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"  # 16 bits: by autocast
     attention: Literal["eager", "sdpa", "triton"] = "sdpa"  # eager is the readable one
@@ -83,8 +87,8 @@ class Args:
 
 
 FIXED = {"model", "data", "ref_model", "val_data", "val_fraction", "tokenizer", "template", "seq_len", "loss_type",
-         "beta", "label_smoothing", "gamma", "nll_weight", "global_batch_size", "optimizer", "seed"}  # else it is another run
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+         "beta", "label_smoothing", "gamma", "nll_weight", "global_batch_size", "optimizer", "seed", "lora_r",
+         "lora_alpha", "lora_targets", "load_in"}  # else it is another run
 
 
 def preference_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *,
@@ -141,12 +145,6 @@ def kto_loss(policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Ten
     return torch.where(desirable, desirable_weight * gain.neg().sigmoid(), undesirable_weight * gain.sigmoid())
 
 
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, finite and precise up to 0 (Maechler 2012): the log of "not this token"."""
-    x = x.clamp(max=-torch.finfo(x.dtype).tiny ** 0.5)
-    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-
 class Pair(NamedTuple):
     chosen: tuple[list[int], list[int]]  # ids of prompt and answer, mask of the answer
     rejected: tuple[list[int], list[int]]
@@ -190,10 +188,11 @@ def by_length(order: list[int], pairs: list[Pair], size: int) -> list[list[int]]
 
 @torch.no_grad()
 def score_all(model: CausalLM, pairs: list[Pair], size: int, device, autocast) -> Tensor:
-    """score's sums for all pairs, `size` at a time: (N, 2)."""
+    """score's sums for all pairs, `size` at a time, without the model's adapters: (N, 2)."""
     sums = torch.empty(len(pairs), 2, dtype=next(model.parameters()).dtype, device=device)
-    for some in by_length(range(len(pairs)), pairs, size):
-        sums[some] = score(model, [pairs[k] for k in some], device, autocast)[0].to(sums.dtype)
+    with disable_adapters(model):
+        for some in by_length(range(len(pairs)), pairs, size):
+            sums[some] = score(model, [pairs[k] for k in some], device, autocast)[0].to(sums.dtype)
     return sums
 
 
@@ -215,29 +214,28 @@ def check(args: Args) -> None:
         if not true:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
 
-    for name, later in dict(optimizer="adamw8bit").items():
-        expect(getattr(args, name) != later, name, "not available yet")
     for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
         expect(getattr(args, name) >= 1, name, "must be at least 1")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "gamma", "nll_weight", "eval_every",
-                 "save_every", "keep_last"):
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "gamma", "nll_weight", "lora_r",
+                 "lora_alpha", "eval_every", "save_every", "keep_last"):
         expect(0 <= getattr(args, name) < math.inf, name, "must be at least 0")
     expect(args.beta > 0, "beta", "must be above 0")
     expect(0 <= args.label_smoothing < 0.5, "label_smoothing", "must be at least 0 and below 0.5")
-    expect(not args.label_smoothing or args.loss_type in ("sigmoid", "robust", "sigmoid_norm"), "label_smoothing",
-           f"has no meaning for --loss_type {args.loss_type}")
+    smoothed = not args.label_smoothing or args.loss_type in ("sigmoid", "robust", "sigmoid_norm")
+    expect(smoothed, "label_smoothing", f"has no meaning for --loss_type {args.loss_type}")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
     expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
-    metrics.detect_device(args.device)
+    expect(args.lora_r or not args.load_in, "load_in", "rounded weights stay as they are: add adapters, by --lora_r 16")
     for folder in filter(None, (args.model, args.ref_model)):
         checkpoint.find_checkpoint(folder)
 
 
-def load(args: Args, folder: str, tokenizer) -> CausalLM:
+def load(args: Args, folder: str, tokenizer, adapter: LoRAConfig | None = None) -> CausalLM:
     """A model in eval mode, and it stays there: dropout would blur the ratio."""
     model = checkpoint.load_chat_model(folder, tokenizer, args.template, seq_len=args.seq_len,
                                        dtype=torch.float64 if args.dtype == "float64" else torch.float32,
-                                       attention=args.attention, kernels=args.kernels)
+                                       attention=args.attention, kernels=args.kernels, load_in=args.load_in,
+                                       adapter=adapter, seed=args.seed)
     model.model.activation_checkpointing = args.activation_checkpointing
     return model.eval()
 
@@ -261,15 +259,17 @@ def main(argv: list[str] | None = None) -> None:
     if added := prepare_tokenizer(tokenizer, args.template):
         print(f"the tokenizer lacked {' '.join(added)}, which the template needs: added")
     pairs, held_out = read_pairs(args, tokenizer, "train"), read_pairs(args, tokenizer, "val")
-    autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()
-    model = load(args, args.model, tokenizer).to(device)
-    frozen = load(args, args.ref_model or args.model, tokenizer).to(device)
+    half = getattr(torch, args.dtype) if "16" in args.dtype else None
+    autocast = torch.autocast(device.type, half, enabled=half is not None)
+    adapter = LoRAConfig(args.lora_r, args.lora_alpha, target_modules=args.lora_targets) if args.lora_r else None
+    model = load(args, args.model, tokenizer, adapter).to(device)
+    frozen = model if adapter and not args.ref_model else load(args, args.ref_model or args.model, tokenizer).to(device)
     val_reference = score_all(frozen, held_out, args.micro_batch_size, device, autocast)
     if args.reference == "precomputed":
         reference, frozen = score_all(frozen, pairs, args.micro_batch_size, device, autocast), None
     optimizer = build_optimizer(args.optimizer, model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    print(f"{num_parameters(model.config):,} parameters, loss {args.loss_type}, reference {args.reference}, {device}, "
-          f"{args.dtype}, attention {args.attention}, kernels {args.kernels}")
+    print(f"{parameter_report(model)['trainable']:,} trained parameters, loss {args.loss_type}, reference "
+          f"{args.reference}, {device}, {args.dtype}, attention {args.attention}, kernels {args.kernels}")
 
     @torch.no_grad()
     def evaluate() -> dict:
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
             told.append({"loss": losses.detach(), **values})
             tokens += int(lengths.sum())
         if state["loss_scale"] != 1.0:
-            torch._foreach_mul_([p.grad for p in model.parameters()], 1 / state["loss_scale"])
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / state["loss_scale"])
         grad_norm = float(clip_grad_norm(model.parameters(), args.grad_clip))
         means = {name: float(torch.cat([row[name] for row in told]).double().mean()) for name in told[0]}
         if metrics.verdict(state, means["loss"], grad_norm, "none", math.inf) == "apply":

@@ -6,6 +6,7 @@
     python train_sft.py --model out/pretrain --data chats.jsonl
     python train_sft.py --model hf_folder --data alpaca.json sharegpt.jsonl --template llama3 --lr 2e-5 --dtype bfloat16
     python train_sft.py --model out/pretrain --data chats.jsonl --replay texts/ --replay_fraction 0.1 --neftune_alpha 5
+    python train_sft.py --model hf_folder --data chats.jsonl --lora_r 16 --load_in nf4        # QLoRA
     python data/chat.py chats.jsonl --show_mask                # see what will be trained
 
 Conversations (any form that data/chat.py reads) are packed whole into rows of --seq_len tokens; each sees itself alone.
@@ -31,8 +32,9 @@ from data.loader import Loader, eval_batches
 from data.pack import read_index, write_chats
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
+from lora import LoRAConfig, parameter_report
 from evaluate import answers, bits_per_byte, evaluate_loss
-from model import CausalLM, flops_per_token, num_parameters
+from model import CausalLM, flops_per_token
 from optim import build_optimizer, clip_grad_norm, learning_rate
 
 
@@ -51,6 +53,11 @@ class Args:
     replay_fraction: float = 0.1  # share of the rows that come from --replay
     out: str = "out/sft"  # folder of the run
     resume: str = "none"  # none: --out must be empty; auto: go on from its latest checkpoint; or a checkpoint's folder
+    # adapters (see lora.py)
+    lora_r: int = 0  # rank of LoRA adapters, which alone are then trained; 0: train the whole model
+    lora_alpha: float = 16.0  # an adapter counts alpha / r times
+    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # layers, such as q_proj v_proj
+    load_in: Literal["", "nf4", "fp4", "int8", "int4"] = ""  # round the frozen model to this (QLoRA: nf4)
     # optimization
     global_batch_size: int = 16  # rows per update
     micro_batch_size: int = 16  # at most so many per forward pass (and data-parallel rank); the rest is accumulated
@@ -84,7 +91,8 @@ class Args:
 
 
 FIXED = {"model", "data", "val_data", "val_fraction", "tokenizer", "template", "seq_len", "prompt_loss_weight",
-         "replay", "replay_fraction", "global_batch_size", "optimizer", "neftune_alpha", "seed"}  # else another run
+         "replay", "replay_fraction", "global_batch_size", "optimizer", "neftune_alpha", "seed", "lora_r", "lora_alpha",
+         "lora_targets", "load_in"}  # else another run
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -136,18 +144,17 @@ def check(args: Args) -> None:
         if not true:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
 
-    for name, later in dict(optimizer="adamw8bit").items():
-        expect(getattr(args, name) != later, name, "not available yet")
     for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
         expect(getattr(args, name) >= 1, name, "must be at least 1")
     for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "early_stopping", "prompt_loss_weight",
-                 "neftune_alpha", "eval_every", "save_every", "keep_last", "sample_tokens"):
+                 "neftune_alpha", "lora_r", "lora_alpha", "eval_every", "save_every", "keep_last", "sample_tokens"):
         expect(0 <= getattr(args, name) < math.inf, name, "must be at least 0")
     for name in ("beta1", "beta2", "replay_fraction"):
         expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
     expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
     expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
+    expect(args.lora_r or not args.load_in, "load_in", "rounded weights stay as they are: add adapters, by --lora_r 16")
     metrics.detect_device(args.device)
     checkpoint.find_checkpoint(args.model)
 
@@ -185,9 +192,11 @@ def prepare_chats(args: Args, tokenizer) -> dict:
 
 def build_model(args: Args, tokenizer) -> CausalLM:
     """The model of --model in training mode, with what the flags add to its layers."""
+    adapter = LoRAConfig(args.lora_r, args.lora_alpha, target_modules=args.lora_targets) if args.lora_r else None
     model = checkpoint.load_chat_model(args.model, tokenizer, args.template, seq_len=args.seq_len,
                                        dtype=torch.float64 if args.dtype == "float64" else torch.float32,
-                                       attention=args.attention, kernels=args.kernels)
+                                       attention=args.attention, kernels=args.kernels, load_in=args.load_in,
+                                       adapter=adapter, seed=args.seed)
     model.model.activation_checkpointing = args.activation_checkpointing
     if args.neftune_alpha:
         model.model.embed_tokens.register_forward_hook(neftune(args.neftune_alpha))
@@ -232,8 +241,9 @@ def main(argv: list[str] | None = None) -> None:
     loss_of = torch.compile(batch_loss) if args.compile else batch_loss
     autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()
     flops, peak = flops_per_token(model.config, args.seq_len), metrics.peak_flops(device, args.dtype)
-    print(f"{num_parameters(model.config):,} parameters, template {args.template}, {device}, {args.dtype}, "
-          f"attention {args.attention}, kernels {args.kernels}")
+    told = parameter_report(model)
+    print(f"{told['trainable']:,} of {told['total']:,} parameters are trained, template {args.template}, {device}, "
+          f"{args.dtype}, attention {args.attention}, kernels {args.kernels}")
 
     def save() -> Path:
         best = [] if state["best_step"] is None else [state["best_step"]]
@@ -271,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
             (part * state["loss_scale"]).backward()
             loss = loss + part.detach()
         if state["loss_scale"] != 1.0:
-            torch._foreach_mul_([p.grad for p in model.parameters()], 1 / state["loss_scale"])
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / state["loss_scale"])
         grad_norm, loss = float(clip_grad_norm(model.parameters(), args.grad_clip)), float(loss)
         if metrics.verdict(state, loss, grad_norm, "none", math.inf) == "apply":
             optimizer.step()
