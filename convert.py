@@ -40,6 +40,7 @@ from data.pieces import (CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces,
                          model_of_pieces, pieces_of_json, pieces_of_llama2c, pieces_of_model)
 from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN, SentencePieceTokenizer,
                             Tokenizer, load_tokenizer)
+from hf_config import extend_context
 from model import CausalLM, ModelConfig, checked_scaling, inverse_frequency, rope_tables
 
 
@@ -58,17 +59,19 @@ class Args:
 
 
 def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
-                    mapped: bool = False) -> CausalLM:
+                    mapped: bool = False, seq_len: int = 1, rope_scaling: str = "") -> CausalLM:
     """The model of a Hugging Face folder (or run), a GGUF file or a llama2.c .bin (version 0 or 1); in eval mode.
 
-    dtype: to convert to; None keeps the file's, float32 where that is quantized. mapped: see load_model. ValueError:
+    dtype: to convert to; None keeps the file's, float32 where that is quantized. The others: see load_model. ValueError:
     what is none of these, or not whole; a GGUF of another architecture than those in ARCHITECTURES."""
     path = Path(path)
     if path.is_dir():
-        return open_model(path, dtype=dtype, device=device, attention=attention, mapped=mapped)
+        return open_model(path, dtype=dtype, device=device, attention=attention, mapped=mapped, seq_len=seq_len,
+                          rope_scaling=rope_scaling)
     config, names, tensor_of = (_open_gguf if _kind_of(path) == "gguf" else _open_llama2c)(path)
     try:
         config = dataclasses.replace(ModelConfig.from_hf(config), attention=attention)
+        config = extend_context(config, seq_len, rope_scaling)
         with torch.device("meta"):  # shapes only
             model = CausalLM(config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:

@@ -82,6 +82,7 @@ class Args:
     split: Literal["val", "train", "all"] | None = None  # None = val of a prepared folder and of stdlib, all of others
     val_fraction: float = 0.1  # the share that was held out, where the text is not prepared
     seq_len: int | None = None  # window in tokens; None = the model's context
+    rope_scaling: Literal["", "linear", "dynamic", "yarn"] = ""  # how RoPE takes a --seq_len beyond the model's
     batch_size: int = 16  # windows, tasks or pairs per forward pass
     document_mask: bool = True  # tokens see their own document only
     baselines: bool = False  # compress the same text by gzip -9 and xz -9
@@ -361,7 +362,7 @@ def evaluate_benchmarks(args: Args, model: CausalLM, tokenizer, partial: Path | 
     if partial:
         settings = {name: digest(repr(items).encode()) for name, items in benchmarks.items()}
         settings |= {"model": fingerprint(args.model)} | {name: getattr(args, name) for name in (
-            "seq_len", "dtype", "max_new_tokens", "num_samples", "temperature", "seed", "add_bos_token")}
+            "seq_len", "rope_scaling", "dtype", "max_new_tokens", "num_samples", "temperature", "seed", "add_bos_token")}
         for row in resume(partial, settings):
             done[row["benchmark"]][row["question"]] = row
     figures, records = {}, {}
@@ -552,8 +553,8 @@ def main() -> None:
         raise ValueError(f"{path}: no tokenizer comes with this file; convert.py --tokenizer can add one")
     if path.is_file() and (args.tasks or args.pairs):
         raise ValueError(f"{path}: --tasks and --pairs need a folder (convert.py --format hf makes one)")
-    dtype = torch.float64 if args.dtype == "float64" else torch.float32
-    model = load_pretrained(folder, dtype=dtype, device=device, attention=args.attention)
+    model = load_pretrained(folder, dtype=torch.float64 if args.dtype == "float64" else torch.float32, device=device,
+                            attention=args.attention, seq_len=args.seq_len or 1, rope_scaling=args.rope_scaling)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer of {tokenizer.vocab_size} tokens, model of {model.config.vocab_size}")
     context = model.config.max_position_embeddings

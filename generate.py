@@ -43,6 +43,8 @@ class Args:
     template: str = ""  # of the chat: chatml llama2 llama3 mistral vicuna alpaca; empty: the one the tokenizer tells
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 200  # longest continuation, in tokens
+    seq_len: int = 1  # positions to make room for; beyond what the model knows with --rope_scaling
+    rope_scaling: Literal["", "linear", "dynamic", "yarn"] = ""  # how RoPE takes a --seq_len beyond the model's
     temperature: float = 1.0  # below 1 sharpens the distribution; 0 takes the likeliest token
     top_k: int = 0  # keep the k likeliest tokens; 0 = all
     top_p: float = 1.0  # keep the fewest tokens that together have this probability; 1 = all
@@ -386,7 +388,9 @@ def main() -> None:
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
     device, folder = detect_device(args.device), find_checkpoint(args.model)
     dtype = args.dtype and getattr(torch, args.dtype)
-    model, tokenizer = open_model(folder, dtype=dtype, device=device, attention=args.attention), load_tokenizer(folder)
+    model = open_model(folder, dtype=dtype, device=device, attention=args.attention, seq_len=args.seq_len,
+                       rope_scaling=args.rope_scaling)
+    tokenizer = load_tokenizer(folder)
     context = model.config.max_position_embeddings
     tell(f"{folder} · {device} · {next(model.parameters()).dtype} · attention {args.attention}")
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks shall not end the run

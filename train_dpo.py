@@ -49,6 +49,7 @@ class Args:
     tokenizer: str = ""  # a tokenizer's file or folder; empty: the model's
     template: str = ""  # chatml llama2 llama3 mistral vicuna alpaca; empty: that of --model's tokenizer, else chatml
     seq_len: int = 256  # longest prompt and answer, in tokens; a longer one is cut
+    rope_scaling: Literal["", "linear", "dynamic", "yarn"] = ""  # how RoPE takes a --seq_len beyond the model's
     out: str = "out/dpo"  # folder of the run
     resume: str = "none"  # none: --out must be empty; auto: go on from its latest checkpoint; or a checkpoint's folder
     # loss
@@ -88,7 +89,7 @@ class Args:
 
 FIXED = {"model", "data", "ref_model", "val_data", "val_fraction", "tokenizer", "template", "seq_len", "loss_type",
          "beta", "label_smoothing", "gamma", "nll_weight", "global_batch_size", "optimizer", "seed", "lora_r",
-         "lora_alpha", "lora_targets", "load_in"}  # else it is another run
+         "lora_alpha", "lora_targets", "load_in", "rope_scaling"}  # else it is another run
 
 
 def preference_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *,
@@ -235,7 +236,7 @@ def load(args: Args, folder: str, tokenizer, adapter: LoRAConfig | None = None) 
     model = checkpoint.load_chat_model(folder, tokenizer, args.template, seq_len=args.seq_len,
                                        dtype=torch.float64 if args.dtype == "float64" else torch.float32,
                                        attention=args.attention, kernels=args.kernels, load_in=args.load_in,
-                                       adapter=adapter, seed=args.seed)
+                                       adapter=adapter, seed=args.seed, rope_scaling=args.rope_scaling)
     model.model.activation_checkpointing = args.activation_checkpointing
     return model.eval()
 
@@ -243,8 +244,7 @@ def load(args: Args, folder: str, tokenizer, adapter: LoRAConfig | None = None) 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Args, __doc__, argv)
     check(args)
-    out, device = Path(args.out), metrics.detect_device(args.device)
-    log = out / "metrics.jsonl"
+    out, device, log = Path(args.out), metrics.detect_device(args.device), Path(args.out, "metrics.jsonl")
     tokenizer = load_tokenizer(args.tokenizer or checkpoint.find_checkpoint(args.model))
     args.template = args.template or template_of(tokenizer) or "chatml"
     state = metrics.new_state(float16=args.dtype == "float16")

@@ -32,9 +32,10 @@ from data.loader import Loader, eval_batches
 from data.pack import read_index, write_chats
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
-from lora import LoRAConfig, parameter_report
 from evaluate import answers, bits_per_byte, evaluate_loss
+from lora import LoRAConfig, parameter_report
 from model import CausalLM, flops_per_token
+from moe import router_loss
 from optim import build_optimizer, clip_grad_norm, learning_rate
 
 
@@ -48,6 +49,7 @@ class Args:
     tokenizer: str = ""  # a tokenizer's file or folder; empty: the model's
     template: str = ""  # chatml llama2 llama3 mistral vicuna alpaca; empty: that of --model's tokenizer, else chatml
     seq_len: int = 256  # tokens per row; a longer conversation is cut
+    rope_scaling: Literal["", "linear", "dynamic", "yarn"] = ""  # how RoPE takes a --seq_len beyond the model's
     prompt_loss_weight: float = 0.0  # weight in the loss of what the assistant does not say
     replay: list[str] = field(default_factory=list)  # pretraining text to mix in
     replay_fraction: float = 0.1  # share of the rows that come from --replay
@@ -92,7 +94,7 @@ class Args:
 
 FIXED = {"model", "data", "val_data", "val_fraction", "tokenizer", "template", "seq_len", "prompt_loss_weight",
          "replay", "replay_fraction", "global_batch_size", "optimizer", "neftune_alpha", "seed", "lora_r", "lora_alpha",
-         "lora_targets", "load_in"}  # else another run
+         "lora_targets", "load_in", "rope_scaling"}  # else another run
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -196,7 +198,7 @@ def build_model(args: Args, tokenizer) -> CausalLM:
     model = checkpoint.load_chat_model(args.model, tokenizer, args.template, seq_len=args.seq_len,
                                        dtype=torch.float64 if args.dtype == "float64" else torch.float32,
                                        attention=args.attention, kernels=args.kernels, load_in=args.load_in,
-                                       adapter=adapter, seed=args.seed)
+                                       adapter=adapter, seed=args.seed, rope_scaling=args.rope_scaling)
     model.model.activation_checkpointing = args.activation_checkpointing
     if args.neftune_alpha:
         model.model.embed_tokens.register_forward_hook(neftune(args.neftune_alpha))
@@ -278,8 +280,11 @@ def main(argv: list[str] | None = None) -> None:
             with autocast:
                 part = loss_of(model, input_ids.to(device), labels.to(device), cu_seqlens.to(device), weight,
                                args.prompt_loss_weight)
-            (part * state["loss_scale"]).backward()
             loss = loss + part.detach()
+            if model.config.num_experts:  # what keeps their load even; not in the loss that is logged
+                share = input_ids.numel() / sum(ids.numel() for ids, _, _ in micro_batches)
+                part = part + share * router_loss(model, model.config.router_aux_loss_coef, model.config.router_z_loss_coef)
+            (part * state["loss_scale"]).backward()
         if state["loss_scale"] != 1.0:
             torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / state["loss_scale"])
         grad_norm, loss = float(clip_grad_norm(model.parameters(), args.grad_clip)), float(loss)

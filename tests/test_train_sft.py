@@ -177,12 +177,36 @@ def test_replayed_text_is_mixed_in_and_remembered(base, chats, tmp_path):
     assert loss[1] < loss[0] - 1.0
 
 
-def test_resumed_equals_undisturbed_to_the_bit(base, chats, tmp_path):
-    settings = dict(max_steps=10, save_every=3, eval_every=4, neftune_alpha=5.0, keep_last=0, schedule="constant")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_resumed_equals_undisturbed_to_the_bit(base, chats, tmp_path, optimizer):
+    settings = dict(optimizer=optimizer, max_steps=10, save_every=3, eval_every=4, neftune_alpha=5.0, keep_last=0, schedule="constant")
     whole = train(base, chats, tmp_path / "whole", **settings)
     parts = train(base, chats, tmp_path / "parts", **settings | dict(max_steps=5))
     train(base, chats, parts, **settings, resume=str(parts / "step_00000003"))
     assert_same_run(whole, parts)
+
+
+def test_a_longer_window_needs_a_scaling_of_rope_and_hands_it_on(base, chats, tmp_path):
+    with pytest.raises(ValueError, match="--seq_len 96: the model knows 48 positions; --rope_scaling"):
+        train(base, chats, tmp_path / "refused", seq_len=96)
+    run = train(base, chats, tmp_path / "run", seq_len=96, rope_scaling="yarn", max_steps=1)
+    config = json.loads((checkpoint.latest(run) / "config.json").read_text())
+    assert config["max_position_embeddings"] == 96
+    assert (config["rope_scaling"]["rope_type"], config["rope_scaling"]["factor"]) == ("yarn", 2.0)
+
+
+def test_the_balance_loss_moves_the_router_and_stays_out_of_the_log(chats, tmp_path):
+    runs = {}
+    for coefficient in (0.0, 100.0):
+        folder = tmp_path / f"base{coefficient}"
+        folder.mkdir()
+        tokenizer = BPETokenizer.train(["user says hi, assistant adds 1 and 2. " * 30], 280)
+        config = ModelConfig(tokenizer.vocab_size, 32, 48, 2, 4, 2, max_position_embeddings=48, num_experts=4,
+                             router_aux_loss_coef=coefficient)
+        checkpoint.save_model(folder, CausalLM(config), tokenizer)
+        run = train(folder, chats, tmp_path / f"run{coefficient}", max_steps=1, grad_clip=0.0, optimizer="adafactor")
+        runs[coefficient] = losses(run)[0], rows(run)[0]["grad_norm"]
+    assert runs[0.0][0] == runs[100.0][0] and runs[100.0][1] > 2 * runs[0.0][1]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: starting 10 fresh interpreters would take minutes")
