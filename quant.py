@@ -568,10 +568,10 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def quantize_cache(cache, bits: int = 8, keys: str = "token", block: int = 32):
+def quantize_cache(cache, bits: int = 8, keys: str = "channel", block: int = 32):
     """Let an empty cache (model.KVCache) keep its keys and values in 8 or 4 bits, in place, and return it.
 
-    keys: one scale for each "token" and head, or for each "channel" and `block` tokens; values always by token.
+    keys: one scale for each "channel" and `block` tokens, or for each "token" and head; values always by token.
     """
     from kernels.kv_cache import QuantizedStore
     cache.k, cache.v = QuantizedStore(cache.k, bits, keys, block), QuantizedStore(cache.v, bits)

@@ -362,7 +362,7 @@ def test_quantized_cache_serves_a_model_as_a_full_one_does(bits, allowed, keys):
 
 
 def test_cache_stores_each_token_and_head_on_its_own_scale():
-    store = quantize_cache(KVCache(tiny().config, 1, 8), 8).k
+    store = quantize_cache(KVCache(tiny().config, 1, 8), 8, "token").k
     x = random(1, 2, 2, 16) * torch.tensor([1.0, 1e3]).view(1, 2, 1, 1)
     store[0, torch.tensor([[0]]), torch.tensor([[0, 1]])] = x
     step = (x.amax(-1) - x.amin(-1)) / 255
