@@ -177,6 +177,16 @@ def router_loss(model: nn.Module, aux_coef: float, z_coef: float = 0.0, mask: Te
     return total
 
 
+def router_loss_share(stage: nn.Module, config, tokens: int) -> Tensor | None:
+    """router_loss of one forward as a part of its step's, which has `tokens` tokens in all, with config's coefficients;
+    stage: the model, or a part with some of its layers. None if it has no experts."""
+    seen = [m for m in stage.modules() if isinstance(m, MoE) and m.router_logits is not None]
+    if not seen:
+        return None
+    share = len(seen) / sum(map(config.is_sparse, range(config.num_hidden_layers))) * len(seen[0].router_logits) / tokens
+    return share * router_loss(stage, config.router_aux_loss_coef, config.router_z_loss_coef)
+
+
 def main() -> None:
     torch.manual_seed(0)
     weight, rows = torch.randn(64, 128, 256), torch.randn(2048, 256)

@@ -90,13 +90,39 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
     return Run(mesh, stages, named, shapes, optimizer, sync, zero, (pp_schedule, chunks), cp_method, autocast, own_loss)
 
 
+def check(args) -> None:
+    """ValueError unless a stage's flags make a layout of the processes that torchrun started; before data is read."""
+    import os
+    from parallel.mesh import degrees
+    from parallel.schedules import plan
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        sizes = degrees(world, args.dp or None, args.pp, args.cp, args.tp, args.ep)
+    except ValueError as error:
+        more = "; torchrun --nproc_per_node N starts N" if world == 1 else ""
+        raise ValueError(f"{error}{more}") from None
+    dp, G, b = sizes["edp"] * sizes["ep"], args.global_batch_size, args.micro_batch_size
+    for name, wrong, rule in (
+            ("engine", args.engine != "scratch", "not available yet; scratch is"),
+            ("zero", not 0 <= args.zero <= 3, "choose 0, 1, 2 or 3"),
+            ("global_batch_size", G % dp, f"no multiple of the {dp} data-parallel ranks"),
+            ("seq_len", args.cp > 1 and args.seq_len % (2 * args.cp), f"--cp {args.cp} takes multiples of {2 * args.cp}"),
+            ("seq_len", args.sequence_parallel and args.seq_len // args.cp % args.tp, f"no multiple of --tp {args.tp}"),
+            ("compile", args.compile and (world > 1 or args.zero), "is for one process without ZeRO"),
+            ("pp_chunks", args.pp_chunks < 2 and args.pp_schedule == "interleaved", "interleaving takes 2 or more")):
+        if wrong:
+            raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
+    if args.pp > 1:
+        plan(args.pp_schedule, args.pp, -(-G // dp // b), args.pp_chunks if args.pp_schedule == "interleaved" else 1)
+
+
 class Run:
     """A model in parts, and the steps of training it; each method is called by all ranks."""
 
     def __init__(self, mesh, stages, named, shapes, optimizer, sync, zero, schedule, cp_method, autocast, own_loss):
         self.mesh, self.stages, self.named, self.shapes = mesh, stages, named, shapes
         self.optimizer, self.sync, self.zero = optimizer, sync, zero
-        self.schedule, self.cp_method, self.own_loss = schedule, cp_method, own_loss
+        self.schedule, self.cp_method, self.own_loss, self.loss_scale = schedule, cp_method, own_loss, 1.0
         self.config = next(iter(stages.values())).config
         self.autocast = autocast if zero != 3 else None  # ZeRO-3 gathers weights in that dtype already
 
@@ -106,13 +132,13 @@ class Run:
         mine = sum(int((y != -100).sum()) for y in labels)
         return int(total(mine, self.mesh.group("dp"), device=self._device()))
 
-    def backward(self, micro_batches, counted: int):
+    def backward(self, micro_batches, counted: int, loss_scale: float = 1.0):
         """Forward and backward of [(input_ids (B, S), labels (B, S), cu_seqlens or None)], the same on all ranks that
-        have the same place along dp -> loss of the global batch, float64 0-d, the same on all ranks."""
-        from parallel.context import split_batch
+        have the same place along dp -> loss of the global batch, float64 0-d, the same on all ranks.
+
+        loss_scale keeps float16's gradients above its smallest number; they are divided by it afterwards."""
         from parallel.grads import finalize, total
-        inputs = [split_batch(ids, labels, self.mesh.group("cp"), self.cp_method, cu_seqlens)
-                  for ids, labels, cu_seqlens in micro_batches]
+        inputs, self.loss_scale = self._inputs(micro_batches), loss_scale
         if self.mesh.size("pp") > 1:
             with self.sync.microbatch(last=True):
                 loss = self._pipeline(self.schedule[0], inputs, counted)
@@ -121,7 +147,7 @@ class Run:
             for k, (arguments, labels) in enumerate(inputs):
                 with self.sync.microbatch(last=k + 1 == len(inputs)):
                     part = self._loss(self._forward(self.stages[0], arguments), labels, counted)
-                    own = self.own_loss(self.stages[0]) if self.own_loss else None
+                    own = self._own_loss(self.stages[0])
                     part = part if own is None else part + own
                     part.backward()
                 loss += part.detach().double()
@@ -129,26 +155,53 @@ class Run:
             finalize(self.sync.parameters(), self.mesh)  # pieces lie alike on all ranks of tp
         elif self.zero == 0:
             finalize(self.named.values(), self.mesh)
-        return total(loss, self.mesh.group("dp", "cp"), device=self._device())
+        if loss_scale != 1.0:
+            for p in self.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(1 / loss_scale)
+        return total(loss, self.mesh.group("dp", "cp"), device=self._device()) / loss_scale
 
-    def evaluate(self, micro_batches):
-        """-> nats summed over all counted tokens of [(input_ids, labels, cu_seqlens)], over the data axes too."""
+    def evaluate(self, batches) -> dict:
+        """{"nats": float, "tokens": int} over all counted tokens of [(input_ids, labels, cu_seqlens)], which are the
+        same on all ranks; dropout is off. Each place along dp takes every n-th batch; in what is left over at the end
+        some count nothing, for every rank must run as many forwards."""
         import torch
-        from parallel.context import split_batch
         from parallel.grads import total
-        inputs = [split_batch(ids, labels, self.mesh.group("cp"), self.cp_method, cu)
-                  for ids, labels, cu in micro_batches]
-        with torch.no_grad():
-            if self.mesh.size("pp") > 1:
-                nats = self._pipeline("forward", inputs, 1)
-            else:
-                nats = sum(self._loss(self._forward(self.stages[0], x), labels, 1).double() for x, labels in inputs)
-        return total(nats, self.mesh.group("dp", "cp"), device=self._device())
+        n, here, at_once = self.mesh.size("dp"), self.mesh.rank("dp"), self.mesh.size("pp")
+        mine, nats, tokens, seen = [], 0.0, 0, []
+        for stage in self.stages.values():
+            seen.append(stage.training)
+            stage.eval()
+        self.loss_scale = 1.0
+
+        def forward(mine) -> float:
+            with torch.no_grad():
+                if self.mesh.size("pp") > 1:
+                    return float(self._pipeline("forward", self._inputs(mine), 1))
+                return sum(float(self._loss(self._forward(self.stages[0], x), y, 1)) for x, y in self._inputs(mine))
+
+        batch = None
+        for k, batch in enumerate(batches):
+            tokens += int((batch[1] != -100).sum())
+            if k % n == here:
+                mine.append(batch)
+            if k % n == n - 1 and len(mine) == at_once:
+                nats, mine = nats + forward(mine), []
+        if batch is not None and (k + 1) % n and k % n < here:
+            mine.append((batch[0], torch.full_like(batch[1], -100), batch[2]))
+        nats += forward(mine) if mine else 0.0
+        for stage, training in zip(self.stages.values(), seen):
+            stage.train(training)
+        return {"nats": float(total(nats, self.mesh.group("dp", "cp"), device=self._device())), "tokens": tokens}
+
+    def parameters(self) -> list:
+        """What clipping and the optimizer see: this rank's parameters, or its pieces of them."""
+        return list(self.sync.parameters() if self.zero else self.named.values())
 
     def clip_grad_norm(self, max_norm: float):
         """The whole model's gradient norm before clipping, float64 0-d, the same on all ranks."""
         from parallel.grads import clip_grad_norm
-        return clip_grad_norm(self.sync.parameters() if self.zero else self.named.values(), self.mesh, max_norm)
+        return clip_grad_norm(self.parameters(), self.mesh, max_norm)
 
     def step(self) -> None:
         (self.sync if self.zero in (1, 2) else self.optimizer).step()
@@ -177,6 +230,26 @@ class Run:
                 found[name] = tensor
         return {name: found[name] for name in self.shapes}
 
+    def whole_model(self):
+        """The model as one process would have it, on every rank, on the CPU: to sample from and to write."""
+        import torch
+        config, state = self.config, self.state()
+        with torch.device("meta"):
+            model = type(next(iter(self.stages.values())))(config)
+        model.load_state_dict({name: tensor.cpu() for name, tensor in state.items()}, strict=False, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model.eval()
+
+    def any(self, mine) -> bool:
+        """Whether it is true on some rank."""
+        from parallel.grads import total
+        return bool(total(int(bool(mine)), self.mesh.group("pp", "edp", "ep", "cp", "tp"), device=self._device()))
+
+    def wait(self) -> None:
+        """For all ranks to come to this point."""
+        self.any(False)
+
     def _whole(self, p):
         import torch
         import torch.distributed as dist
@@ -192,10 +265,21 @@ class Run:
         with torch.autocast(self._device().type, self.autocast) if self.autocast else nullcontext():
             return stage(**arguments)
 
+    def _inputs(self, micro_batches) -> list:
+        """[(arguments of the model's forward, labels)], of this rank's part of the sequence, on its device."""
+        from parallel.context import split_batch
+        device, group, method = self._device(), self.mesh.group("cp"), self.cp_method
+        batches = ([x if x is None else x.to(device) for x in batch] for batch in micro_batches)
+        return [split_batch(ids, labels, group, method, cu_seqlens) for ids, labels, cu_seqlens in batches]
+
     def _loss(self, logits, labels, counted: int):
         from parallel.tensor import vocab_parallel_cross_entropy
-        nats = vocab_parallel_cross_entropy(logits, labels, self.mesh.group("tp"), self.config.vocab_size)
-        return nats.sum() / max(counted, 1)
+        nats = vocab_parallel_cross_entropy(logits, labels, self.mesh.group("tp"), self.config.vocab_size).sum()
+        return nats / max(counted, 1) * self.loss_scale
+
+    def _own_loss(self, stage):
+        own = self.own_loss(stage) if self.own_loss else None
+        return own if own is None or self.loss_scale == 1.0 else own * self.loss_scale
 
     def _pipeline(self, name: str, inputs: list, counted: int):
         import torch
@@ -204,7 +288,7 @@ class Run:
         with torch.autocast(self._device().type, self.autocast) if self.autocast else nullcontext():
             actions = plan(name, self.mesh.size("pp"), len(inputs), self.schedule[1])
             loss, _ = execute(actions, self.stages, inputs, lambda logits, labels: self._loss(logits, labels, counted),
-                              self.mesh.group("pp"), self.own_loss)
+                              self.mesh.group("pp"), self._own_loss)
         return loss
 
     def _device(self):

@@ -1,0 +1,147 @@
+"""The processes that torchrun started: how they begin together, and how they end when one of them fails.
+
+    with joined() as world:                         # without torchrun: one process, and nothing of the below
+        device = world.own(torch.device("cuda"))    # this process's GPU: gloo for what is on the CPU, NCCL for the rest
+        with world.first_ahead():                   # rank 0 makes the data, then the others find it made
+            ...
+        if world.any(caught): ...                   # a signal reached one rank: all stop at the same step
+
+    a rank raises         its message lies in the store; the others' collectives break off, and they end with that line
+    all raise the same    (flags that do not fit) rank 0 says it, once
+    a rank is killed      it leaves no message: the others name the ranks that no longer answer
+    a rank hangs          the others wait for `minutes`, then the same
+
+The store is torchrun's own; it lives in the agent and outlives any rank. Only rank 0 prints.
+
+    torchrun --nproc_per_node 4 parallel/launch.py --fail 2         # so does python parallel/launch.py: rank 2 fails
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """This process's rank among `size`, and what all of them do together."""
+
+    def __init__(self, rank: int = 0, size: int = 1, store=None):
+        self.rank, self.size, self.store, self.turns = rank, size, store, 0
+
+    def own(self, device: torch.device) -> torch.device:
+        """The one of that kind that this process should take."""
+        if self.size > 1 and device.type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {device}: has no collectives; one process only")
+        return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+    @contextlib.contextmanager
+    def first_ahead(self):
+        """The block is run by rank 0 while the others wait, however long, and then by them."""
+        self.turns += 1
+        if self.size > 1:
+            self.any(False)  # nobody still looks at what rank 0 is about to change
+            while self.rank and not self.store.check([f"turn/{self.turns}"]):
+                if self.store.check(["culprit"]):
+                    raise ConnectionError(self.store.get("culprit").decode())
+                time.sleep(0.1)
+        yield
+        if self.size > 1 and not self.rank:
+            self.store.set(f"turn/{self.turns}", "")
+
+    def any(self, mine) -> bool:
+        """Whether it is true on some rank."""
+        if self.size == 1:
+            return bool(mine)
+        flag = torch.tensor(int(bool(mine)))
+        dist.all_reduce(flag)
+        return bool(flag)
+
+
+@contextlib.contextmanager
+def joined(minutes: float = 10.0):
+    """Join the processes that torchrun started -> World.
+
+    minutes: how long a collective waits for a rank. What the block raises ends all ranks, see above: ValueError and the
+    like as they were or, on the other ranks, as ConnectionError with the culprit's message; bugs keep their traceback.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World()
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    local, backend = int(os.environ.get("LOCAL_RANK", rank)), "gloo"
+    if torch.cuda.device_count() > local and dist.is_nccl_available():
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size,
+                            timeout=datetime.timedelta(minutes=minutes))
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):
+            yield World(rank, size, store)
+    except (Exception, KeyboardInterrupt) as error:
+        line = end_together(store, rank, size, error)
+        if line is None:
+            raise
+        raise ConnectionError(line) from error
+    dist.destroy_process_group()
+
+
+def end_together(store, rank: int, size: int, error: BaseException) -> str | None:
+    """What rank `rank` should say in place of its error; None: the error itself, which is its own. Exits with code 2
+    where rank 0 has said it already."""
+    text, seconds = " ".join(str(error).split()), 3.0
+    if not store.check(["culprit"]) and not broken_off(error):
+        store.set(f"said/{rank}", text)
+        ours = f"rank {rank} failed: {text or type(error).__name__}"
+        if rank == 0:
+            store.compare_set("culprit", "", ours)
+            return None
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not store.check(["said/0"]):
+            time.sleep(0.05)
+        if store.check(["said/0"]) and store.get("said/0").decode() == text:
+            time.sleep(0.5)  # rank 0 is about to print it; torchrun ends all as soon as one has ended
+            sys.exit(2)
+        store.compare_set("culprit", "", ours)
+        return ours if isinstance(error, (ValueError, OSError, KeyboardInterrupt)) else None
+    store.set(f"said/{rank}", "")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not store.check(["culprit"]):
+        time.sleep(0.05)
+    if store.check(["culprit"]):
+        return store.get("culprit").decode()
+    silent = [r for r in range(size) if not store.check([f"said/{r}"])]
+    return (f"no answer from rank {', '.join(map(str, silent))} of {size}: it died or hangs" if silent else
+            f"rank {rank}: {text}")
+
+
+def broken_off(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank."""
+    words = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "connection refused", "gloo",
+             "nccl", "aborted")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def main() -> None:
+    import subprocess
+    if "RANK" not in os.environ:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", __file__, "--fail", "2"]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+        print(next((line for line in done.stderr.splitlines() if line.startswith("rank 0 ends:")), done.stderr))
+        return
+    try:
+        with joined() as world:
+            if str(world.rank) in sys.argv[1:]:
+                raise ValueError("a line of the data is no JSON")
+            dist.barrier()
+    except ConnectionError as error:
+        print(f"rank {os.environ['RANK']} ends: {error}", file=sys.stderr, flush=True)
+        time.sleep(1)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
