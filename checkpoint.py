@@ -6,29 +6,21 @@
                             manifest.json {"files": {name: {"bytes", "sha256"}}}: the proof that all of it is there
 
 A folder is written under a temporary name, synced to the disk and renamed; only then does `latest` name it. Whenever
-the process is killed, `latest` names a whole checkpoint (the tests kill it at every step). A safetensors file is
-
-    u64 little-endian N, N bytes of JSON {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, the numbers
+the process is killed, `latest` names a whole checkpoint (the tests kill it at every step).
 
     save_checkpoint("out/x", 240, model=model, optimizer=optimizer, tokenizer=tokenizer, state={"tokens": 9})
     state = load_checkpoint(latest("out/x"), model, optimizer)
     model = load_model("a/hugging-face/folder", dtype=torch.bfloat16)
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import math
-import mmap
 import os
 import re
 import shutil
 import signal
-import struct
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,175 +30,11 @@ from data.chat import stop_ids
 from hf_config import extend_context
 from model import CausalLM, ModelConfig
 from quant import quantize_model
+from tensor_files import (DTYPES, Entry, atomic_file, read_json, read_safetensors, read_safetensors_header, sha256,
+                          sync_folder, write_json, write_safetensors)
 
-DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
-          "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
-          "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64,
-          "I64": torch.int64, "U64": torch.uint64}  # in the order of the safetensors package
-MAX_HEADER = 100_000_000  # bytes; the format's limit
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 IMPLIED = (".rotary_emb.inv_freq",)  # a buffer in old files; config.json says as much
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path):
-    """A binary file to write, which takes the name `path` once it is whole and on the disk."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk: else a power cut may undo a rename. Windows has no such call."""
-    if os.name != "nt":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def write_json(path: Path, value) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; ValueError naming the file if it holds none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object {{...}}")
-    return value
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------- safetensors
-
-
-def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors one by one, atomically; the file equals the safetensors package's byte for byte."""
-    kinds, order = {dtype: kind for kind, dtype in DTYPES.items()}, list(DTYPES.values())
-    # Largest elements first: so every tensor begins at a multiple of its element's size.
-    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
-    for name in names:
-        tensor, begin = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_file(Path(path)) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def read_safetensors_header(path) -> tuple[dict[str, dict], dict[str, str], int]:
-    """What a file holds: ({name: {"dtype", "shape", "data_offsets"}}, metadata, offset of the numbers in the file).
-
-    Raises ValueError naming the file and the flaw: in what passes, each tensor has its own bytes, and no byte is spare.
-    """
-    def expect(true: bool, otherwise: str) -> None:
-        if not true:
-            raise ValueError(f"{path}: not a valid safetensors file: {otherwise}")
-
-    def unique(pairs: list) -> dict:
-        expect(len(dict(pairs)) == len(pairs), f"a name stands twice among {[name for name, _ in pairs][:9]}")
-        return dict(pairs)
-
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        start = 8 + length
-        expect(length <= MAX_HEADER and start <= size, f"a header of {length} bytes in a file of {size}; truncated?")
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        expect(False, f"its header is not JSON: {error}")
-    expect(isinstance(header, dict), "its header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    expect(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
-           "__metadata__ must map strings to strings")
-    for name, entry in header.items():
-        expect(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
-               f"{name!r} must have dtype, shape and data_offsets")
-        kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        expect(isinstance(kind, str) and kind in DTYPES, f"{name!r} has the unknown dtype {kind!r}")
-        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-        expect(lists and all(type(n) is int and n >= 0 for n in shape + offsets),
-               f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
-        needed, given = math.prod(shape) * DTYPES[kind].itemsize, offsets[1] - offsets[0]
-        expect(needed == given, f"{name!r} is {kind} {shape}, so {needed} bytes, but its data_offsets leave {given}")
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin = entry["data_offsets"][0]
-        expect(begin == end, f"{name!r} begins at {begin}, but what stands before it ends at {end}")
-        end = entry["data_offsets"][1]
-    expect(start + end == size, f"its tensors end at byte {start + end}, the file at {size}")
-    return header, metadata, start
-
-
-def read_safetensors(path) -> dict[str, Tensor]:
-    """The named tensors of a file, on the CPU, memory-mapped: read from the disk as they are used.
-
-    Writing to one leaves the file alone; the file must stay as it is while they live. ValueError as in the header.
-    """
-    header, _, start = read_safetensors_header(path)
-    with open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private, since torch wants it to be writable
-    data, tensors = torch.frombuffer(memory, dtype=torch.uint8)[start:], {}
-    for name, entry in header.items():
-        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        raw = data[begin:end]
-        if raw.storage_offset() % dtype.itemsize:  # a writer that did not pad its header: torch wants aligned numbers
-            raw = raw.clone()
-        tensors[name] = raw.view(dtype).view(entry["shape"])
-    return tensors
-
-
-class Entry(NamedTuple):
-    """A tensor in a safetensors file."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int  # of its numbers in the file
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
-    def read(self, target: Tensor | None = None) -> Tensor:
-        """The numbers, read into `target` at once if it can hold them as they are, else converted to it."""
-        same = target is not None and target.dtype == self.dtype and target.is_cpu
-        raw = target if same else torch.empty(self.shape, dtype=self.dtype)
-        with open(self.path, "rb", buffering=0) as file:  # past the mapping, whose pages would be touched and copied
-            file.seek(self.offset)
-            view, done = memoryview(raw.view(-1).view(torch.uint8).numpy()), 0
-            while done < len(view):  # a read gives 2 GB at most
-                if not (count := file.readinto(view[done:])):
-                    raise ValueError(f"{self.path}: ends in the middle of a tensor: it was cut while it was read")
-                done += count
-        return raw if same or target is None else target.copy_(raw)
-
 
 # ------------------------------------------------------------------------------------------------- Hugging Face folders
 
@@ -291,8 +119,9 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     for name, p in model.named_parameters():
         parts = [entries[part] for part in hf_names(name, p, config)]
         weight_dtype = dtype or parts[0].dtype
-        if mapped and p.dim() < 3 and device == "cpu":
-            maps[parts[0].path] = maps.get(parts[0].path) or read_safetensors(parts[0].path)
+        at_once = mapped or weight_dtype == parts[0].dtype and not config.num_experts  # no memory is spent in passing
+        if at_once and p.dim() < 3 and str(device) == "cpu":
+            maps[parts[0].path] = maps.get(parts[0].path) or read_safetensors(parts[0].path, mapped)
             weights[name] = maps[parts[0].path][hf_names(name, p, config)[0]].to(weight_dtype)
         else:
             weights[name] = torch.empty(p.shape, dtype=weight_dtype, device=device)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import tensor_files
 from checkpoint import (extend_context, find_checkpoint, latest, load_checkpoint, load_model, read_safetensors, read_safetensors_header,
                         read_state, save_checkpoint, save_model, verify, write_safetensors)
 from model import CausalLM, ModelConfig
@@ -384,7 +385,7 @@ def test_full_disk_keeps_the_previous_checkpoint_and_leaves_no_rubbish(tmp_path,
     needed = sum(path.stat().st_size for path in (tmp_path / "other" / "step_00000002").iterdir())
     shutil.rmtree(tmp_path / "other")
     for part in (0.0, 0.1, 0.3, 0.6, 0.8, 0.99):
-        monkeypatch.setattr(checkpoint, "open", SmallDisk(int(needed * part)), raising=False)
+        monkeypatch.setattr(tensor_files, "open", SmallDisk(int(needed * part)), raising=False)
         with pytest.raises(OSError) as caught:
             save(tmp_path, 2, model, optimizer)
         monkeypatch.undo()
