@@ -29,7 +29,7 @@ STAGES = {
                 "--save_every 400 --log_every 50 --resume auto",
     "samples": f"generate.py --model {OUT}/pretrain --prompt 'def main(' 'class Test' 'The ' --max_new_tokens 80 "
                "--top_p 0.95 --temperature 0.7",
-    "tasks": f"data/tasks.py --out {OUT}/tasks --train 20000 --val 600 --pairs 2000 --pairs_of code --val_pairs 800",
+    "tasks": f"data/tasks.py --out {OUT}/tasks --train 20000 --val 1200 --pairs 2000 --pairs_of code --val_pairs 800",
     "base model": f"evaluate.py --model {OUT}/pretrain --data {OUT}/data --baselines {GRADED} --out {OUT}/base.json",
     "sft": f"train_sft.py --model {OUT}/pretrain --data {OUT}/tasks/sft_train.jsonl --val_data {OUT}/tasks/sft_val.jsonl "
            f"--replay stdlib --replay_fraction 0.1 --out {OUT}/sft --optimizer muon --lr 4e-3 --schedule linear "
