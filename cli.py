@@ -34,15 +34,15 @@ def parse(cls, description: str | None = None, argv: list[str] | None = None):
 
     Raises ValueError with one line for an unknown flag (with the nearest known one) or a value of the wrong kind.
     """
-    help_of = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
-    types = typing.get_type_hints(cls)
+    source = "".join(map(inspect.getsource, filter(dataclasses.is_dataclass, cls.__mro__[::-1])))
+    help_of = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*?#\s*(.+)$", source, re.MULTILINE))
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser._negative_number_matcher = re.compile("-[^-]")  # one hyphen begins a value: -1e-3, or a text
     for field in dataclasses.fields(cls):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         required = default is dataclasses.MISSING
-        text = f"{help_of.get(field.name, '')} ({'required' if required else f'default: {default}'})".strip()
-        options = _options(types[field.name]) | {"required": required, "help": text.replace("%", "%%")}
+        text = f"{help_of.get(field.name, '')} ({'required' if required else f'default: {default}'})".replace("%", "%%")
+        options = _options(typing.get_type_hints(cls)[field.name]) | {"required": required, "help": text.strip()}
         parser.add_argument(f"--{field.name}", **options)
         if not required:  # told last, because the action of a bool repeats a default that it knows in its help
             parser.set_defaults(**{field.name: default})

@@ -16,9 +16,9 @@ ZeRO's piece starts; a piece of a flattened matrix is the end of a row, whole ro
 What several ranks have alike, one of them writes. Padding is not written. Checkpoints of one process, which are Hugging
 Face folders, are read the same way: each of their tensors is one box.
 
-    save_checkpoint("out/x", 240, run=run, tokenizer=tokenizer, state={"tokens": 9})   # by all ranks; run: parallelize's
-    state = load_checkpoint(latest("out/x"), run=run)                                  # in this layout or another
-    model = load_sharded(latest("out/x"))                                              # the whole model, one process
+    save_checkpoint("out/x", 240, run=run, tokenizer=tokenizer, state={})     # by all ranks; run: what parallelize gave
+    state = load_checkpoint(latest("out/x"), run=run)                         # in this layout or another
+    model = load_sharded(latest("out/x"))                                     # the whole model, in one process
 """
 
 import shutil

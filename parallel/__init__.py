@@ -21,6 +21,31 @@ of this folder do not know each other.
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Flags:
+    """The flags of a stage that runs on many processes; its Args begin with them."""
+
+    dp: int = 0  # data-parallel degree; 0: all processes that the other degrees leave
+    tp: int = 1  # tensor-parallel degree
+    pp: int = 1  # pipeline-parallel degree
+    cp: int = 1  # context-parallel degree
+    ep: int = 1  # expert-parallel degree, which divides dp
+    zero: int = 0  # 1 divides the optimizer's state over dp and cp, 2 gradients too, 3 weights too
+    offload: bool = False  # keep what ZeRO divides in the CPU's memory
+    sequence_parallel: bool = False  # under tp, norms and residuals divide the sequence
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zb"] = "1f1b"  # see parallel/schedules.py
+    pp_chunks: int = 2  # stages of each rank under interleaved
+    cp_method: Literal["zigzag", "ring", "ulysses"] = "zigzag"  # see parallel/context.py
+    engine: Literal["scratch", "torch"] = "scratch"  # ours, or PyTorch's own
+
+    def options(self) -> dict:
+        """What of it `parallelize` takes."""
+        names = ("zero", "offload", "sequence_parallel", "pp_schedule", "pp_chunks", "cp_method")
+        return {name: getattr(self, name) for name in names}
 
 
 def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = False, sequence_parallel: bool = False,
@@ -90,23 +115,30 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
     return Run(mesh, stages, named, shapes, optimizer, sync, zero, (pp_schedule, chunks), cp_method, autocast, own_loss)
 
 
-def check(args) -> None:
-    """ValueError unless a stage's flags make a layout of the processes that torchrun started; before data is read."""
-    import os
+def mesh_of(flags: Flags):
+    from parallel.mesh import Mesh
+    return Mesh(flags.dp or None, flags.pp, flags.cp, flags.tp, flags.ep)
+
+
+def check(args: Flags, world: int) -> None:
+    """ValueError unless a stage's flags, those of all stages among them, make a layout of so many processes."""
     from parallel.mesh import degrees
     from parallel.schedules import plan
-    world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         sizes = degrees(world, args.dp or None, args.pp, args.cp, args.tp, args.ep)
     except ValueError as error:
         more = "; torchrun --nproc_per_node N starts N" if world == 1 else ""
         raise ValueError(f"{error}{more}") from None
     dp, G, b = sizes["edp"] * sizes["ep"], args.global_batch_size, args.micro_batch_size
+    whole = args.optimizer not in ("adamw", "lion")  # looks at whole matrices
     for name, wrong, rule in (
             ("engine", args.engine != "scratch", "not available yet; scratch is"),
             ("zero", not 0 <= args.zero <= 3, "choose 0, 1, 2 or 3"),
+            ("zero", whole and args.zero == 3, f"cuts matrices, and {args.optimizer} needs them whole: take 1 or 2"),
+            ("tp", whole and args.tp > 1, f"cuts matrices, and {args.optimizer} needs them whole: take adamw or lion"),
+            ("offload", args.offload and not args.zero, "moves ZeRO's part of the state, so it needs --zero 1, 2 or 3"),
             ("global_batch_size", G % dp, f"no multiple of the {dp} data-parallel ranks"),
-            ("seq_len", args.cp > 1 and args.seq_len % (2 * args.cp), f"--cp {args.cp} takes multiples of {2 * args.cp}"),
+            ("seq_len", args.cp > 1 and args.seq_len % (2 * args.cp), f"no multiple of 2 x --cp, {2 * args.cp}"),
             ("seq_len", args.sequence_parallel and args.seq_len // args.cp % args.tp, f"no multiple of --tp {args.tp}"),
             ("compile", args.compile and (world > 1 or args.zero), "is for one process without ZeRO"),
             ("pp_chunks", args.pp_chunks < 2 and args.pp_schedule == "interleaved", "interleaving takes 2 or more")):
