@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import find_checkpoint, hf_tensors, load_model, read_json, save_model, write_json, write_safetensors
+from checkpoint import find_checkpoint, load_model, save_model
 from cli import parse, run
 from data.corpus import read_documents
 from data.quantized_files import FORMATS, encode
@@ -392,15 +392,12 @@ def save_quantized(directory, model: nn.Module, tokenizer=None, format: str = "a
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty: choose another folder")
-    tensors, quantization = encode(model, format)
+    _, quantization = encode(model, format)  # ValueError before anything is written
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
     try:
         temporary.mkdir()
-        save_model(temporary, model, tokenizer)
-        write_safetensors(temporary / "model.safetensors", hf_tensors(model) | tensors, {"format": "pt"})
-        write_json(temporary / "config.json",
-                   read_json(temporary / "config.json") | {"quantization_config": quantization})
+        save_model(temporary, model, tokenizer, format)
         if directory.exists():
             directory.rmdir()
         os.replace(temporary, directory)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import lora
 from data.chat import stop_ids
+from data.quantized_files import encode, install
 from hf_config import extend_context
 from model import CausalLM, ModelConfig
 from quant import quantize_model
@@ -61,8 +62,10 @@ def hf_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def save_model(folder, model: CausalLM, tokenizer=None) -> None:
-    """Write a Hugging Face folder, tied weights once; of a model with adapters a PEFT folder, the adapter alone."""
+def save_model(folder, model: CausalLM, tokenizer=None, format: str = "auto") -> None:
+    """Write a Hugging Face folder, tied weights once; of a model with adapters a PEFT folder, the adapter alone.
+
+    Quantized layers are written as data/quantized_files.py lays them out in that format."""
     folder = Path(folder)
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -70,10 +73,11 @@ def save_model(folder, model: CausalLM, tokenizer=None) -> None:
         return lora.save_adapter(model, folder)
     config = model.config.to_hf() | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     config |= {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS if config[name] is None}
-    write_json(folder / "config.json", config)
+    codes, quantization = encode(model, format)  # {} and None without layers of quant.py
+    write_json(folder / "config.json", config | ({"quantization_config": quantization} if codes else {}))
     ends = {name: config[name] for name in SPECIAL_IDS if config[name] is not None}
     write_json(folder / "generation_config.json", ends)
-    write_safetensors(folder / "model.safetensors", hf_tensors(model), {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", hf_tensors(model) | codes, {"format": "pt"})
 
 
 def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
@@ -96,6 +100,7 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
         if (folder / "generation_config.json").is_file():  # what ends a text stands there, often several tokens
             ends = read_json(folder / "generation_config.json")
             values |= {name: ends[name] for name in SPECIAL_IDS if ends.get(name) is not None}
+        quantization = values.pop("quantization_config", None)
         config = ModelConfig.from_hf(values)
         config = dataclasses.replace(config, attention=attention, kernels=kernels)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -110,6 +115,9 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
             raise ValueError(f"{folder}: {min(twice)} stands in {file.name} and in {entries[min(twice)].path.name}")
         entries |= {name: Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
                     for name, entry in header.items() if not name.endswith(IMPLIED)}
+    if quantization:
+        rest = install(model, quantization, {name: entry.read() for name, entry in entries.items()}, quantize_model)
+        entries = {name: entries[name] for name in rest}
     table = "model.embed_tokens.weight"
     head = entries.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     _check(folder, entries, hf_tensors(model))
@@ -130,7 +138,7 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     model.load_state_dict(weights, strict=False, assign=True)  # not strict about a tied head only; _check was
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.eval()
+    return model.to(device).eval()  # quantized layers, too
 
 
 def open_model(path, **how) -> CausalLM:

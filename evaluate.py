@@ -553,8 +553,8 @@ def main() -> None:
         raise ValueError(f"{path}: no tokenizer comes with this file; convert.py --tokenizer can add one")
     if path.is_file() and (args.tasks or args.pairs):
         raise ValueError(f"{path}: --tasks and --pairs need a folder (convert.py --format hf makes one)")
-    model = load_pretrained(folder, dtype=torch.float64 if args.dtype == "float64" else torch.float32, device=device,
-                            attention=args.attention, seq_len=args.seq_len or 1, rope_scaling=args.rope_scaling)
+    how = dict(device=device, attention=args.attention, seq_len=args.seq_len or 1, rope_scaling=args.rope_scaling)
+    model = load_pretrained(folder, dtype=torch.float64 if args.dtype == "float64" else torch.float32, **how)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer of {tokenizer.vocab_size} tokens, model of {model.config.vocab_size}")
     context = model.config.max_position_embeddings
@@ -562,7 +562,7 @@ def main() -> None:
         raise ValueError(f"--needle_lengths {max(args.needle_lengths)}: the model's context is {context} tokens, in "
                          "which the answer must fit, too")
     tell(f"{folder} · {device} · {args.dtype} · attention {args.attention}")
-    result = {"model": str(args.model)}
+    result = {"model": args.model}
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.data:
@@ -584,7 +584,7 @@ def main() -> None:
         args.template = args.template or template_of(tokenizer) or "chatml"
         if added := prepare_tokenizer(tokenizer, args.template):
             tell(f"the tokenizer lacks {' '.join(added)}, which the template needs: added")
-        model = load_chat_model(folder, tokenizer, args.template, dtype=dtype, device=device, attention=args.attention)
+        model = load_chat_model(folder, tokenizer, args.template, dtype=next(model.parameters()).dtype, **how)
         result |= evaluate_chat(args, model, tokenizer)
     if args.out:
         write_json(Path(args.out), result | ({"records": records} if records else {}))

@@ -55,8 +55,9 @@ def sum_tied(parameters, mesh) -> None:
     for p in tied:
         mine = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
         other = torch.empty_like(mine)
-        handles = [dist.isend(mine, group=group, group_dst=peer), dist.irecv(other, group=group, group_src=peer)]
-        for handle in handles:
+        for handle in dist.batch_isend_irecv([  # batched: on NCCL two ranks that both send first would wait for ever
+                dist.P2POp(dist.isend, mine, group=group, group_peer=peer),
+                dist.P2POp(dist.irecv, other, group=group, group_peer=peer)]):
             handle.wait()
         p.grad = mine + other  # of two terms, in either order: the copies stay equal to the bit
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calibrate import calibrate, save_quantized
-from checkpoint import read_safetensors
+from checkpoint import load_model, read_safetensors, save_model
 from data.quantized_files import (awq_tensors, encode, gptq_tensors, install, pack_awq, pack_words, read_awq, read_gptq,
                                   unpack_awq, unpack_words)
 from model import CausalLM, ModelConfig
@@ -195,3 +195,18 @@ def test_bitsandbytes_own_folder_opens_here(tmp_path):
     assert rest == {} and isinstance(model[0], NF4Linear)
     truth = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
     assert (model[0].dequantize() - truth).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8", "int4", "fp8"])
+def test_a_quantized_model_is_saved_and_loaded_like_any_other(method, tmp_path):
+    model = CausalLM(ModelConfig(128, 64, 128, 2, 4, 2, tie_word_embeddings=True)).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        full = model(ids)
+        rounded = quantize_model(model, method)(ids)
+        save_model(tmp_path, model)
+        again = load_model(tmp_path)
+        assert torch.equal(again(ids), rounded) and not torch.equal(rounded, full)
+    kept = {name: tensor for name, tensor in again.state_dict().items() if name in model.state_dict()}
+    assert kept.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in kept.items())
