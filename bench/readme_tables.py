@@ -37,6 +37,16 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
     "generate": [("batch size", "batch_size", "d"), ("tokens/s, one thread", "tokens_per_second", ",.0f"),
                  ("times a batch of 1", "times_batch_of_1", ".1f"), ("prompts", "prompts", "d"),
                  ("unequal to one by one", "unequal_to_one_by_one", "d")],
+    "quant": [("model", "model", ""), ("method", "method", ""), ("bits per weight", "bits", ".2f"), ("bytes", "bytes", ",d"),
+              ("perplexity", "perplexity", ".4f"), ("against float32", "against_fp32", "")],
+    "evaluate": [("benchmark", "benchmark", ""), ("examples shown", "num_fewshot", "d"), ("requests", "requests", "d"),
+                 ("ours, s", "ours_seconds", ".2f"), ("lm-evaluation-harness, s", "lm_eval_seconds", ".2f"),
+                 ("times as fast", "times_as_fast", ".2f"),
+                 ("largest difference per token, nats", "largest_difference_per_token", ".0e")],
+    "load": [("way", "way", ""), ("GB", "gigabytes", ".2f"), ("seconds", "seconds", ".2f"),
+             ("times reading the files", "times_reading", ".2f"), ("GB of its own memory", "gigabytes_own", ".2f")],
+    "parallel": [("what", "what", ""), ("way", "way", ""), ("ranks", "ranks", "d"), ("ms, best", "ms_best", ".0f"),
+                 ("ms, median", "ms_median", ".0f")],
 }
 
 
