@@ -38,8 +38,8 @@ from data.gguf_file import (FILE_TYPES, GGUF_KEYS, GGUF_SCALING, MAGIC, dequanti
                             read_gguf, write_gguf)
 from data.pieces import (CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, json_of_pieces, llama2c_of_pieces,
                          model_of_pieces, pieces_of_json, pieces_of_llama2c, pieces_of_model)
-from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN, SentencePieceTokenizer,
-                            Tokenizer, load_tokenizer)
+from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN, SMOLLM_PATTERN,
+                            SentencePieceTokenizer, Tokenizer, load_tokenizer)
 from hf_config import extend_context
 from model import CausalLM, ModelConfig, checked_scaling, inverse_frequency, rope_tables
 
@@ -62,8 +62,8 @@ def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", att
                     mapped: bool = False, seq_len: int = 1, rope_scaling: str = "") -> CausalLM:
     """The model of a Hugging Face folder (or run), a GGUF file or a llama2.c .bin (version 0 or 1); in eval mode.
 
-    dtype: to convert to; None keeps the file's, float32 where that is quantized. The others: see load_model. ValueError:
-    what is none of these, or not whole; a GGUF of another architecture than those in ARCHITECTURES."""
+    dtype: to convert to; None keeps the file's, float32 where that is quantized. The others: see load_model.
+    ValueError: what is none of these, or not whole; a GGUF of another architecture than those in ARCHITECTURES."""
     path = Path(path)
     if path.is_dir():
         return open_model(path, dtype=dtype, device=device, attention=attention, mapped=mapped, seq_len=seq_len,
@@ -437,8 +437,9 @@ def _without_effect(arch: str) -> list[tuple]:
 # ----------------------------------------------------------------------------------------------------- GGUF: tokenizers
 
 PATTERNS = {"gpt-2": GPT2_PATTERN, "llama-bpe": CL100K_PATTERN, "qwen2": QWEN2_PATTERN, "gpt-4o": O200K_PATTERN,
-            "llama3": CL100K_PATTERN, "llama-v3": CL100K_PATTERN, "deepseek-r1-qwen": QWEN2_PATTERN}
-# tokenizer.ggml.pre names the split pattern, which llama.cpp has in its source. Written are the first four.
+            "smollm": SMOLLM_PATTERN, "llama3": CL100K_PATTERN, "llama-v3": CL100K_PATTERN,
+            "deepseek-r1-qwen": QWEN2_PATTERN}
+# tokenizer.ggml.pre names the split pattern, which llama.cpp has in its source. Written are the first five.
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

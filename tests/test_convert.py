@@ -18,7 +18,7 @@ from checkpoint import find_checkpoint, save_model
 from convert import (half_split, interleaved, load_pretrained, load_pretrained_tokenizer, save_pretrained,
                      write_llama2c, write_model_gguf)
 from data.gguf_file import GGUFTensor, KINDS, dequantize, quantize, read_gguf, write_gguf
-from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN, BPETokenizer, CharTokenizer,
+from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN, SMOLLM_PATTERN, BPETokenizer, CharTokenizer,
                             load_tokenizer)
 from generate import generate
 from model import CausalLM, ModelConfig, apply_rope, rope_tables
@@ -315,7 +315,7 @@ def test_several_ends_of_text_and_a_vocabulary_larger_than_the_tokenizer(tmp_pat
 
 
 @pytest.mark.parametrize("pre, pattern", [("gpt-2", GPT2_PATTERN), ("llama-bpe", CL100K_PATTERN), ("qwen2", QWEN2_PATTERN),
-                                          ("gpt-4o", O200K_PATTERN)])
+                                          ("gpt-4o", O200K_PATTERN), ("smollm", SMOLLM_PATTERN)])
 def test_byte_level_tokenizers_travel_in_gguf(pre, pattern, tmp_path):
     tokenizer = BPETokenizer.train(fuzz(), 300, pattern=pattern)
     write_model_gguf(tmp_path / "x.gguf", tiny(), tokenizer)
