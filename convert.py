@@ -42,6 +42,7 @@ from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_P
                             SentencePieceTokenizer, Tokenizer, load_tokenizer)
 from hf_config import extend_context
 from model import CausalLM, ModelConfig, checked_scaling, inverse_frequency, rope_tables
+from shards import is_sharded, load_sharded
 
 
 @dataclass
@@ -66,8 +67,9 @@ def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", att
     ValueError: what is none of these, or not whole; a GGUF of another architecture than those in ARCHITECTURES."""
     path = Path(path)
     if path.is_dir():
-        return open_model(path, dtype=dtype, device=device, attention=attention, mapped=mapped, seq_len=seq_len,
-                          rope_scaling=rope_scaling)
+        how = dict(dtype=dtype, device=device, attention=attention)
+        return load_sharded(path, **how) if is_sharded(path) else open_model(
+            path, **how, mapped=mapped, seq_len=seq_len, rope_scaling=rope_scaling)
     config, names, tensor_of = (_open_gguf if _kind_of(path) == "gguf" else _open_llama2c)(path)
     try:
         config = dataclasses.replace(ModelConfig.from_hf(config), attention=attention)

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from checkpoint import (DTYPES, SPECIAL_IDS, _discard, _put_in_place, _sweep, latest, read_json, read_safetensors,
-                        save_model, sha256, step_folders, verify, write_json, write_safetensors)
+from checkpoint import (SPECIAL_IDS, _discard, _put_in_place, _sweep, find_checkpoint, latest, save_model, step_folders,
+                        verify)
 from model import CausalLM, ModelConfig
+from tensor_files import DTYPES, read_json, read_safetensors, sha256, write_json, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------- boxes
 
@@ -355,10 +356,16 @@ def empty_state(part: Part, whole: Whole) -> Tensor:
     return torch.zeros(local, dtype=whole.dtype, device=part.piece.device)
 
 
-def load_sharded(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
+def is_sharded(path) -> bool:
+    """Whether a run's newest checkpoint, or a checkpoint, is in shards alone."""
+    folder = find_checkpoint(path)
+    return (folder / "index.json").is_file() and not (folder / "model.safetensors").is_file()
+
+
+def load_sharded(path, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
                  kernels: str = "torch") -> CausalLM:
-    """The whole model of a checkpoint of many processes, in eval mode; see checkpoint.load_model."""
-    folder = Path(folder)
+    """The whole model of a checkpoint of many processes, or of a run's newest, in eval mode; see load_model."""
+    folder = find_checkpoint(path)
     config = replace(ModelConfig.from_hf(read_json(folder / "config.json")), attention=attention, kernels=kernels)
     kind = next(iter(read_json(folder / "index.json")["model"].values()))["dtype"]
     with torch.device("meta"):

@@ -186,7 +186,16 @@ def test_the_whole_model_from_shards(tmp_path):
     truth = contents(latest(tmp_path), DENSE)
     assert model.lm_head.weight is model.model.embed_tokens.weight and not model.training
     assert all(torch.equal(p, truth[f"model {name}"]) for name, p in model.named_parameters())
-    assert load_sharded(latest(tmp_path), dtype=torch.float32).lm_head.weight.dtype == torch.float32
+    assert load_sharded(tmp_path, dtype=torch.float32).lm_head.weight.dtype == torch.float32
+
+
+def test_convert_makes_one_folder_of_shards(tmp_path):
+    import convert
+    run_on(4, saving, TP_PP, str(tmp_path / "run"))
+    model = convert.load_pretrained(tmp_path / "run")
+    convert.save_pretrained(model, tmp_path / "one", Tokenizer())
+    saved, whole = checkpoint.load_model(tmp_path / "one"), contents(latest(tmp_path / "run"), DENSE)
+    assert all(torch.equal(p, whole[f"model {name}"]) for name, p in saved.named_parameters())
 
 
 # ---- what may happen
