@@ -72,6 +72,8 @@ def joined(minutes: float = 10.0):
         yield World()
         return
     store, rank, size = next(dist.rendezvous("env://"))
+    # The agent's store outlives a restart, and with it the addresses and messages of processes that are gone.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     local, backend = int(os.environ.get("LOCAL_RANK", rank)), "gloo"
     if torch.cuda.device_count() > local and dist.is_nccl_available():
         torch.cuda.set_device(local)
