@@ -9,13 +9,12 @@ what it would never say nor pushes down what it says most: against the answers o
 (NOTES.md has the figures). Tasks that it gets right always, or never, give no pair.
 
 A row is {"prompt": [user ...], "chosen": [assistant], "rejected": [assistant], "family": ...}, the first right and the
-first wrong answer in the order of drawing. Each answer has its own random numbers, by (seed, task, number of the answer),
+first wrong answer in the order of drawing. Each answer has its own random numbers, by (seed, task, number of answer),
 so that the batch size changes nothing.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,13 +46,15 @@ class Args:
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of weights and cache; None = as stored
 
 
-def sample_pairs(model: CausalLM, tokenizer, rows: list[dict], template: str, *, num_samples: int = 4, temperature=1.0,
-                 max_new_tokens: int = 64, batch_size: int = 128, seed: int = 0) -> Iterator[dict]:
-    """Pairs (see above) of tasks as data.tasks.make_tasks gives them. ValueError: see generate.generate."""
-    prompts, stops = [render_prompt(row["messages"][:-1], tokenizer, template) for row in rows], stop_ids(tokenizer, template)
+def sample_pairs(model: CausalLM, tokenizer, rows: list[dict], template: str, *, num_samples: int = 4,
+                 temperature: float = 1.0, max_new_tokens: int = 64, batch_size: int = 128, seed: int = 0) -> list[dict]:
+    """Pairs (see above) of tasks as data.tasks.make_tasks gives them, in their order. ValueError: see generate.generate."""
+    prompts = [render_prompt(row["messages"][:-1], tokenizer, template) for row in rows]
+    stops = stop_ids(tokenizer, template)
     device, step = next(model.parameters()).device, max(1, batch_size // num_samples)
-    for start in range(0, len(rows), step):
-        tasks = range(start, min(start + step, len(rows)))
+    lengths = [len(row["messages"][-1]["content"]) for row in rows]
+    order, pairs = sorted(range(len(rows)), key=lengths.__getitem__), {}  # a batch ends with its longest
+    for tasks in (order[i : i + step] for i in range(0, len(order), step)):
         drawn = generate(model, [prompts[task] for task in tasks for _ in range(num_samples)], temperature=temperature,
                          max_new_tokens=max_new_tokens, stop_token_ids=stops, vocab_size=tokenizer.vocab_size,
                          generators=[row_generator(seed, task * num_samples + number, device)
@@ -63,8 +64,10 @@ def sample_pairs(model: CausalLM, tokenizer, rows: list[dict], template: str, *,
             answers, row = texts[place * num_samples : (place + 1) * num_samples], rows[task]
             first = {grade(row, text): text for text in reversed(answers)}  # of each kind the first
             if len(first) == 2:
-                yield {"prompt": row["messages"][:-1], "chosen": [{"role": "assistant", "content": first[True]}],
-                       "rejected": [{"role": "assistant", "content": first[False]}], "family": row["family"]}
+                chosen, rejected = ([{"role": "assistant", "content": first[right]}] for right in (True, False))
+                pairs[task] = {"prompt": row["messages"][:-1], "chosen": chosen, "rejected": rejected,
+                               "family": row["family"]}
+    return [pairs[task] for task in sorted(pairs)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,21 +76,24 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.num_samples < 2 or args.temperature <= 0:
-        raise ValueError(f"--num_samples {args.num_samples} --temperature {args.temperature}: a pair takes at least 2 answers, "
-                         "drawn at a temperature above 0")
-    rows, device, folder = [row for _, row in read_tasks(args.tasks)], detect_device(args.device), find_checkpoint(args.model)
+        raise ValueError(f"--num_samples {args.num_samples} --temperature {args.temperature}: a pair takes at least 2 "
+                         "answers, drawn at a temperature above 0")
+    rows, device = [row for _, row in read_tasks(args.tasks)], detect_device(args.device)
+    folder = find_checkpoint(args.model)
     model = load_model(folder, dtype=args.dtype and getattr(torch, args.dtype), device=device)
     tokenizer = load_tokenizer(folder)
     template = args.template or template_of(tokenizer) or "chatml"
-    pairs = list(sample_pairs(model, tokenizer, rows, template, num_samples=args.num_samples, seed=args.seed,
-                              temperature=args.temperature, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size))
+    pairs = sample_pairs(model, tokenizer, rows, template, num_samples=args.num_samples, seed=args.seed,
+                         temperature=args.temperature, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     if not pairs:
-        raise ValueError(f"{folder}: no task of {len(rows)} had both a right and a wrong answer among {args.num_samples}")
+        raise ValueError(f"{folder}: no task of {len(rows)} had both a right and a wrong answer among "
+                         f"{args.num_samples}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(Path(args.out)) as file:
         file.writelines(json.dumps(pair, ensure_ascii=False).encode() + b"\n" for pair in pairs)
     families = Counter(pair["family"] for pair in pairs)
-    print(f"{args.out}: {len(pairs)} pairs of {len(rows)} tasks, {', '.join(f'{name} {n}' for name, n in families.items())}")
+    print(f"{args.out}: {len(pairs)} pairs of {len(rows)} tasks, "
+          + ", ".join(f"{name} {n}" for name, n in families.items()))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def tasks(answers: list[str]) -> list[dict]:
 def test_the_first_right_answer_stands_against_the_first_wrong_one_whatever_the_batch(talker, alone, batch_size):
     assert all(len({text.strip() for text in texts}) == K for texts in alone)  # all differ: one right, two wrong
     rows = tasks([alone[0][0], alone[1][1], alone[2][2], "never said", alone[4][0]])
-    pairs = list(sample_pairs.sample_pairs(*talker, rows, "chatml", num_samples=K, max_new_tokens=4, seed=7,
-                                           batch_size=batch_size))
+    pairs = sample_pairs.sample_pairs(*talker, rows, "chatml", num_samples=K, max_new_tokens=4, seed=7,
+                                      batch_size=batch_size)
     said = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in pairs]
     assert said == [(alone[0][0], alone[0][1]), (alone[1][1], alone[1][0]), (alone[2][2], alone[2][0]),
                     (alone[4][0], alone[4][1])]
@@ -71,7 +71,7 @@ def command(folder, tmp_path, rows, **flags):
 
 def test_the_command_writes_what_the_function_gives(folder, talker, alone, tmp_path):
     rows = tasks([texts[1] for texts in alone])
-    expected = list(sample_pairs.sample_pairs(*talker, rows, "chatml", num_samples=K, max_new_tokens=4, seed=7))
+    expected = sample_pairs.sample_pairs(*talker, rows, "chatml", num_samples=K, max_new_tokens=4, seed=7)
     assert command(folder, tmp_path, rows) == expected and len(expected) == 5
 
 
