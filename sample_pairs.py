@@ -1,6 +1,6 @@
 """Preference pairs of a model's own making, for DPO: of several answers to a task, a right one against a wrong one.
 
-    python data/tasks.py --seed 1 --train 8000 --out out/tasks1                        # tasks that SFT has not seen
+    python data/tasks.py --seed 1 --train 6000 --out out/tasks1                        # tasks that SFT has not seen
     python sample_pairs.py --model out/sft --tasks out/tasks1/sft_train.jsonl --out own.jsonl
     python train_dpo.py --model out/sft --data own.jsonl --beta 3 --lr 1e-4
 
@@ -47,8 +47,9 @@ class Args:
 
 
 def sample_pairs(model: CausalLM, tokenizer, rows: list[dict], template: str, *, num_samples: int = 4,
-                 temperature: float = 1.0, max_new_tokens: int = 64, batch_size: int = 128, seed: int = 0) -> list[dict]:
-    """Pairs (see above) of tasks as data.tasks.make_tasks gives them, in their order. ValueError: see generate.generate."""
+                 temperature: float = 1.0, max_new_tokens: int = 64, batch_size: int = 128,
+                 seed: int = 0) -> list[dict]:
+    """Pairs (see above) of tasks as data.tasks.make_tasks gives them, in their order. ValueError: see generate."""
     prompts = [render_prompt(row["messages"][:-1], tokenizer, template) for row in rows]
     stops = stop_ids(tokenizer, template)
     device, step = next(model.parameters()).device, max(1, batch_size // num_samples)
