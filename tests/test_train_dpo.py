@@ -239,6 +239,13 @@ def test_bad_flags_are_refused(base, pairs, tmp_path, change, complaint):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_longer_window_takes_a_scaling_of_rope_and_still_begins_at_ln_2(base, pairs, tmp_path):
+    run = train(base, pairs, tmp_path / "run", seq_len=96, rope_scaling="linear", max_steps=1)
+    config = json.loads((checkpoint.latest(run) / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["rope_scaling"]["factor"]) == (96, 2.0)
+    assert abs(losses(run)[0] - math.log(2)) < 1e-6  # the reference, too, is stretched
+
+
 def test_every_flag_is_tried_somewhere_in_this_file():
     here = Path(__file__).read_text(encoding="utf-8") + Path(__file__).with_name("test_train_adapters.py").read_text(encoding="utf-8")
     assert [name for name in Args.__dataclass_fields__ if f"{name}=" not in here and f'"{name}"' not in here] == []
