@@ -1,6 +1,6 @@
 """Preference pairs of a model's own making, for DPO: of several answers to a task, a right one against a wrong one.
 
-    python data/tasks.py --seed 1 --train 6000 --out out/tasks1                        # tasks that SFT has not seen
+    python data/tasks.py --seed 1 --train 8000 --out out/tasks1                        # tasks that SFT has not seen
     python sample_pairs.py --model out/sft --tasks out/tasks1/sft_train.jsonl --out own.jsonl
     python train_dpo.py --model out/sft --data own.jsonl --beta 3 --lr 1e-4
 

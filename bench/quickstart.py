@@ -35,7 +35,7 @@ STAGES = {
            f"--replay stdlib --replay_fraction 0.1 --out {OUT}/sft --optimizer muon --lr 4e-3 --schedule linear "
            "--global_batch_size 8 --max_steps 1500 --eval_every 500 --save_every 500 --log_every 50 --resume auto",
     "sft model": f"evaluate.py --model {OUT}/sft {GRADED} --out {OUT}/sft.json",
-    "new tasks": f"data/tasks.py --out {OUT}/new_tasks --seed 1 --train 6000 --val 0 --pairs 0 --val_pairs 0",
+    "new tasks": f"data/tasks.py --out {OUT}/new_tasks --seed 1 --train 8000 --val 0 --pairs 0 --val_pairs 0",
     "own answers": f"sample_pairs.py --model {OUT}/sft --tasks {OUT}/new_tasks/sft_train.jsonl --out {OUT}/own_pairs.jsonl",
     "dpo": f"train_dpo.py --model {OUT}/sft --data {OUT}/own_pairs.jsonl {OUT}/tasks/pairs_train.jsonl "
            f"--val_data {OUT}/tasks/pairs_val.jsonl --out {OUT}/dpo --beta 3 --lr 1e-4 --global_batch_size 32 "
