@@ -8,7 +8,7 @@
 
     a rank raises         its message lies in the store; the others' collectives break off, and they end with that line
     all raise the same    (flags that do not fit) rank 0 says it, once
-    a rank is killed      it leaves no message: the others name the ranks that no longer answer
+    a rank is killed      it leaves no message: the others call the roll, and name the ranks that no longer answer
     a rank hangs          the others wait for `minutes`, then the same
 
 The store is torchrun's own; it lives in the agent and outlives any rank. Only rank 0 prints.
@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
 import time
 
 import torch
@@ -81,14 +82,37 @@ def joined(minutes: float = 10.0):
     dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size,
                             timeout=datetime.timedelta(minutes=minutes))
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):
-            yield World(rank, size, store)
+        with answering(store, rank), open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(nowhere if rank else sys.stdout):
+                yield World(rank, size, store)
     except (Exception, KeyboardInterrupt) as error:
         line = end_together(store, rank, size, error)
         if line is None:
             raise
         raise ConnectionError(line) from error
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def answering(store, rank: int):
+    """While the block runs, a thread answers when another rank calls the roll, also if the block waits in a collective:
+    a rank whose peers all live does not notice that a rank elsewhere has died."""
+    over = threading.Event()
+
+    def answer() -> None:
+        with contextlib.suppress(RuntimeError):  # the agent has gone, and the store with it
+            while not over.wait(0.5):
+                if store.check(["roll"]):
+                    store.set(f"here/{rank}", "")
+                    return
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()  # a thread that came back from the store into an interpreter at its end would crash it
 
 
 def end_together(store, rank: int, size: int, error: BaseException) -> str | None:
@@ -110,12 +134,14 @@ def end_together(store, rank: int, size: int, error: BaseException) -> str | Non
         store.compare_set("culprit", "", ours)
         return ours if isinstance(error, (ValueError, OSError, KeyboardInterrupt)) else None
     store.set(f"said/{rank}", "")
+    store.set("roll", "")
     until = time.monotonic() + seconds
     while time.monotonic() < until and not store.check(["culprit"]):
         time.sleep(0.05)
     if store.check(["culprit"]):
         return store.get("culprit").decode()
     silent = [r for r in range(size) if not store.check([f"said/{r}"])]
+    silent = [r for r in silent if not store.check([f"here/{r}"])] or silent  # one that answers may hang all the same
     return (f"no answer from rank {', '.join(map(str, silent))} of {size}: it died or hangs" if silent else
             f"rank {rank}: {text}")
 

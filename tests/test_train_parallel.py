@@ -173,6 +173,39 @@ def test_a_killed_rank_stops_all_and_is_named(folder):
     assert "error: no answer from rank 2 of 4: it died or hangs" in errors(err), err[-3000:]
 
 
+CHAIN = """
+import os, signal, sys
+import torch
+import torch.distributed as dist
+from checkpoint import catch_signals
+from cli import run
+from parallel.launch import joined
+
+def main():
+    with joined() as world:
+        caught = catch_signals()  # as the stages do: torchrun's SIGTERM would end the others before they speak
+        pair = dist.new_group([0, 2])
+        dist.barrier()
+        if world.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if world.rank == 1:
+            dist.recv(torch.zeros(1), 0)
+        dist.all_reduce(torch.zeros(1), group=pair)
+
+run(main)
+"""
+
+
+def test_a_living_rank_that_waits_for_another_is_not_named(tmp_path):
+    """Rank 2 dies, rank 0 notices; rank 1 waits for rank 0, whose connection stays open while it asks who has died."""
+    (tmp_path / "chain.py").write_text(CHAIN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3",
+               str(tmp_path / "chain.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert "error: no answer from rank 2 of 3: it died or hangs" in errors(done.stderr), done.stderr[-3000:]
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's workers in /proc")
 def test_elastic_restart_ends_as_if_undisturbed(folder):
     """torchrun --max_restarts: a worker is killed after a checkpoint; the job comes back by itself and goes on."""
