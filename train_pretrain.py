@@ -287,10 +287,10 @@ def train(world, args: Args) -> None:
                 with autocast:
                     part = loss_of(model, input_ids.to(device), labels.to(device),
                                    None if cu_seqlens is None else cu_seqlens.to(device), denominator)
-                if model.config.num_experts:
+                loss = loss + part.detach()
+                if model.config.num_experts:  # what keeps their load even; not in the loss that is logged
                     part = part + routers(model)
                 (part * state["loss_scale"]).backward()
-                loss = loss + part.detach()
             if state["loss_scale"] != 1.0:
                 torch._foreach_mul_([p.grad for p in model.parameters()], 1 / state["loss_scale"])
             grad_norm = clip_grad_norm(model.parameters(), args.grad_clip)

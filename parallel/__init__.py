@@ -53,8 +53,9 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
                 device=None):
     """Cut a CausalLM for this rank of the mesh -> Run. ValueError, before anything is cut: what does not go together.
 
-    autocast: a dtype for forward, None for the parameters' own. own_loss(stage) -> scalar or None: added to the loss
-    after a forward (the routers' balance). offload: ZeRO's part of weights and state stays in the CPU's memory.
+    autocast: a dtype for forward, None for the parameters' own. own_loss(stage) -> scalar or None, asked for after a
+    forward: trained besides (the routers' balance), but not in the loss that is told. offload: ZeRO's part of weights
+    and state stays in the CPU's memory.
     """
     from parallel.context import context_parallel
     from parallel.expert import expert_parallel
@@ -179,10 +180,9 @@ class Run:
             for k, (arguments, labels) in enumerate(inputs):
                 with self.sync.microbatch(last=k + 1 == len(inputs)):
                     part = self._loss(self._forward(self.stages[0], arguments), labels, counted)
+                    loss += part.detach().double()
                     own = self._own_loss(self.stages[0])
-                    part = part if own is None else part + own
-                    part.backward()
-                loss += part.detach().double()
+                    (part if own is None else part + own).backward()
         if self.zero == 3:
             finalize(self.sync.parameters(), self.mesh)  # pieces lie alike on all ranks of tp
         elif self.zero == 0:

@@ -234,9 +234,10 @@ def execute(plan, stages: dict[int, nn.Module], microbatches: list[tuple[dict, T
     plan: schedules.plan's .actions and .messages. stages: from `cut`. microbatches, the same on all ranks of the group:
     (keyword arguments of the model's forward, with input_ids (B, S); labels (B, S)). loss_of(logits, labels) -> scalar,
     summed over tokens and divided by the number counted in the *global* batch. own_loss(stage) -> scalar or None, asked
-    for after each forward: what a stage adds, such as its routers' balance, likewise divided. loss: the sum of it all,
-    float64, on every rank. timeline: (action, start, end) in seconds of the machine's clock, without the wait for what
-    the action needs; on a GPU, of its launch. ValueError: a plan for other ranks, or zero bubble with recomputation.
+    for after each forward: what a stage trains besides, such as its routers' balance, likewise divided. loss: the sum
+    of loss_of alone, float64, on every rank. timeline: (action, start, end) in seconds of the machine's clock, without
+    the wait for what the action needs; on a GPU, of its launch. ValueError: a plan for other ranks, or zero bubble with
+    recomputation.
     """
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if len(plan.actions) != ranks:
@@ -284,7 +285,7 @@ def execute(plan, stages: dict[int, nn.Module], microbatches: list[tuple[dict, T
             output, x = forward(stages[s], came, inputs)
             output = loss_of(output, labels) if s == last else output
             own = own_loss(stages[s]) if own_loss else None
-            loss += (output.detach() if s == last else 0) + (0 if own is None else own.detach())
+            loss += output.detach() if s == last else 0
             if own is not None and torch.is_grad_enabled():
                 output = output + own if s == last else Beside.apply(output, own)
             if s < last:

@@ -21,13 +21,15 @@ def one_process(changes: dict) -> list[dict]:
     optimizer, history = adamw(model.named_parameters()), []
     for step in batches(length=16):
         counted = sum(int((labels != -100).sum()) for _, labels in step)
-        parts = [summed_loss(model(ids), labels) / counted + router_loss(model, *AUX) / len(step)
-                 for ids, labels in step]
-        torch.stack(parts).sum().backward()
+        loss = 0.0
+        for ids, labels in step:
+            part = summed_loss(model(ids), labels) / counted
+            (part + router_loss(model, *AUX) / len(step)).backward()
+            loss += part.item()
         found, norm = named(model), clip_grad_norm(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"loss": sum(part.item() for part in parts), "norm": norm.item(), "grads": found,
+        history.append({"loss": loss, "norm": norm.item(), "grads": found,
                         "params": named(model, "data")})
     return history
 

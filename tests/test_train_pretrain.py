@@ -181,6 +181,12 @@ def test_flag_changes_the_training(text, tmp_path, change, baseline=[]):
     assert changed != baseline[0]
 
 
+def test_the_balance_loss_moves_the_router_and_stays_out_of_the_log(text, tmp_path):
+    told = {coefficient: rows(train(text, tmp_path / str(coefficient), max_steps=1, num_experts=4, grad_clip=0.0,
+                                    router_aux_loss_coef=coefficient))[0] for coefficient in (0.0, 100.0)}
+    assert told[0.0]["loss"] == told[100.0]["loss"] and told[100.0]["grad_norm"] > 2 * told[0.0]["grad_norm"]
+
+
 @pytest.mark.parametrize("change", [{}, dict(activation_checkpointing="selective"), dict(compile=True)], ids=str)
 def test_kernels_give_the_same_run(text, tmp_path, change, monkeypatch):
     real = torch.compile  # Inductor would compile C++ for a minute; the graph is the same
