@@ -4,7 +4,8 @@ import math
 
 AT_LEAST_1 = ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every")
 AT_LEAST_0 = ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "spike_threshold", "early_stopping",
-              "eval_every", "save_every", "keep_last", "sample_tokens")
+              "eval_every", "save_every", "keep_last", "sample_tokens", "prompt_loss_weight", "neftune_alpha", "gamma",
+              "nll_weight", "lora_r", "lora_alpha")
 BELOW_1 = ("beta1", "beta2", "replay_fraction")
 
 PRESETS = {  # named after the size with the vocabulary that usually goes with the shape

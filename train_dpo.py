@@ -28,6 +28,7 @@ from cli import parse, run
 from data.chat import OWN, TEMPLATES, prepare_tokenizer, read_preferences, render, template_of, truncate
 from data.loader import shuffled
 from data.tokenizer import load_tokenizer
+from flags import check_ranges
 from logprobs import log1mexp, padded, sequence_logprobs
 from lora import LoRAConfig, disable_adapters, parameter_report
 from model import CausalLM
@@ -215,16 +216,11 @@ def check(args: Args) -> None:
         if not true:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
 
-    for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
-        expect(getattr(args, name) >= 1, name, "must be at least 1")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "gamma", "nll_weight", "lora_r",
-                 "lora_alpha", "eval_every", "save_every", "keep_last"):
-        expect(0 <= getattr(args, name) < math.inf, name, "must be at least 0")
+    check_ranges(args)
     expect(args.beta > 0, "beta", "must be above 0")
     expect(0 <= args.label_smoothing < 0.5, "label_smoothing", "must be at least 0 and below 0.5")
     smoothed = not args.label_smoothing or args.loss_type in ("sigmoid", "robust", "sigmoid_norm")
     expect(smoothed, "label_smoothing", f"has no meaning for --loss_type {args.loss_type}")
-    expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
     expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     expect(args.lora_r or not args.load_in, "load_in", "rounded weights stay as they are: add adapters, by --lora_r 16")
     for folder in filter(None, (args.model, args.ref_model)):

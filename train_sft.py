@@ -33,6 +33,7 @@ from data.pack import read_index, write_chats
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
 from evaluate import answers, bits_per_byte, evaluate_loss
+from flags import check_ranges
 from lora import LoRAConfig, parameter_report
 from model import CausalLM, flops_per_token
 from moe import router_loss
@@ -146,14 +147,7 @@ def check(args: Args) -> None:
         if not true:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
 
-    for name in ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "log_every"):
-        expect(getattr(args, name) >= 1, name, "must be at least 1")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "early_stopping", "prompt_loss_weight",
-                 "neftune_alpha", "lora_r", "lora_alpha", "eval_every", "save_every", "keep_last", "sample_tokens"):
-        expect(0 <= getattr(args, name) < math.inf, name, "must be at least 0")
-    for name in ("beta1", "beta2", "replay_fraction"):
-        expect(0 <= getattr(args, name) < 1, name, "must be at least 0 and below 1")
-    expect(0 < args.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
+    check_ranges(args)
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
     expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     expect(args.lora_r or not args.load_in, "load_in", "rounded weights stay as they are: add adapters, by --lora_r 16")
