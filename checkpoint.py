@@ -162,16 +162,22 @@ def load_chat_model(path, tokenizer, template: str, *, seq_len: int = 1, load_in
     Its vocabulary grows by the tokens that the template added, and its turns end where the template's do. load_in: how
     to quantize it (quant.METHODS); adapter, seed: what lora.apply_lora puts on. `how`, ValueError: as in load_model."""
     model = open_model(path, seq_len=seq_len, **how)
-    if (new := tokenizer.vocab_size - model.config.vocab_size) > 0:
-        grow_vocabulary(model, tokenizer.vocab_size)
-        print(f"the embedding grew by {new} tokens, each the mean of all others", file=sys.stderr)
-    model.config.eos_token_id = sorted(stop_ids(tokenizer, template))
+    new = fit_to_chat(model, tokenizer, template)
     model = quantize_model(model, load_in) if load_in else model
     if adapter is not None:
         more = {"modules_to_save": ["embed_tokens", "lm_head"]} if new > 0 else {}  # new rows, alike, would stay alike
         more["base_model"] = str(find_checkpoint(path).resolve())
         lora.apply_lora(model, dataclasses.replace(adapter, **more), seed=seed)
     return model
+
+
+def fit_to_chat(model: CausalLM, tokenizer, template: str) -> int:
+    """Give the model the template's new tokens and its ends of turns, in place -> how many tokens are new."""
+    if (new := tokenizer.vocab_size - model.config.vocab_size) > 0:
+        grow_vocabulary(model, tokenizer.vocab_size)
+        print(f"the embedding grew by {new} tokens, each the mean of all others", file=sys.stderr)
+    model.config.eos_token_id = sorted(stop_ids(tokenizer, template))
+    return max(new, 0)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import atomic_file, find_checkpoint, load_chat_model, write_json
+from checkpoint import atomic_file, find_checkpoint, fit_to_chat, write_json
 from cli import parse, run
 from convert import load_pretrained, load_pretrained_tokenizer
 from data.benchmarks import BENCHMARKS, Item, read_benchmark
@@ -551,10 +551,8 @@ def main() -> None:
     tokenizer = load_pretrained_tokenizer(path) if path.is_file() else load_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{path}: no tokenizer comes with this file; convert.py --tokenizer can add one")
-    if path.is_file() and (args.tasks or args.pairs):
-        raise ValueError(f"{path}: --tasks and --pairs need a folder (convert.py --format hf makes one)")
-    how = dict(device=device, attention=args.attention, seq_len=args.seq_len or 1, rope_scaling=args.rope_scaling)
-    model = load_pretrained(folder, dtype=torch.float64 if args.dtype == "float64" else torch.float32, **how)
+    model = load_pretrained(folder, dtype=torch.float64 if args.dtype == "float64" else torch.float32, device=device,
+                            attention=args.attention, seq_len=args.seq_len or 1, rope_scaling=args.rope_scaling)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer of {tokenizer.vocab_size} tokens, model of {model.config.vocab_size}")
     context = model.config.max_position_embeddings
@@ -584,7 +582,7 @@ def main() -> None:
         args.template = args.template or template_of(tokenizer) or "chatml"
         if added := prepare_tokenizer(tokenizer, args.template):
             tell(f"the tokenizer lacks {' '.join(added)}, which the template needs: added")
-        model = load_chat_model(folder, tokenizer, args.template, dtype=next(model.parameters()).dtype, **how)
+        fit_to_chat(model, tokenizer, args.template)
         result |= evaluate_chat(args, model, tokenizer)
     if args.out:
         write_json(Path(args.out), result | ({"records": records} if records else {}))
