@@ -18,6 +18,7 @@ Sources: Frantar et al., GPTQ (arXiv:2210.17323), algorithm 1; Lin et al., AWQ (
 Xiao et al., SmoothQuant (arXiv:2211.10438), eq. 4.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -229,10 +230,8 @@ def first_states(model: nn.Module, windows: Tensor) -> tuple[Tensor, list]:
     model.hidden(windows[:1])
     hooks.append(layers[0].register_forward_pre_hook(stop, with_kwargs=True))
     for window in windows:
-        try:
+        with contextlib.suppress(_Stop):
             model.hidden(window[None])
-        except _Stop:
-            pass
     for hook in hooks:
         hook.remove()
     return torch.cat(states), [calls[layer] for layer in layers]
@@ -244,12 +243,10 @@ def run_layer(layer: nn.Module, states: Tensor, call, watch: dict | None = None,
     hooks = [module.register_forward_pre_hook(lambda _, args, kwargs, f=f: f(args, kwargs), with_kwargs=True)
              for module, f in (watch or {}).items()]
     for i in range(0, len(states), 8):
-        try:
+        with contextlib.suppress(_Stop):
             y = layer(states[i : i + 8], *call[0], **call[1])
             if out is not None:
                 out[i : i + 8] = y
-        except _Stop:
-            pass
     for hook in hooks:
         hook.remove()
 

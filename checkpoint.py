@@ -239,7 +239,7 @@ def save_checkpoint(out, step: int, *, model, optimizer, tokenizer, state: dict,
     temporary = out / f".tmp-{name}-{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
+        sweep(out)
         temporary.mkdir()
         tensors, description = _describe(model, optimizer)
         save_model(temporary, model, tokenizer)
@@ -247,17 +247,13 @@ def save_checkpoint(out, step: int, *, model, optimizer, tokenizer, state: dict,
         write_json(temporary / "state.json", state | {"step": step, "optimizer": description})
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
         write_json(temporary / "manifest.json", {"files": files})
-        _put_in_place(temporary, out / name)
+        put_in_place(temporary, out / name)
     except OSError as error:
         intact = f"; the previous checkpoint {latest(out)} is intact" if latest(out) else ""
         raise OSError(f"cannot write checkpoint {out / name}: {error.strerror or error}{intact}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    folders = step_folders(out)
-    wanted = {*keep, *[n for n in folders if n <= step][-keep_last:]}  # [-0:] is all of them
-    for n in folders.keys() - wanted - {step}:
-        _discard(folders[n])
-    _sweep(out)
+    remove_old(out, step, keep_last, keep)
     return out / name
 
 
@@ -310,7 +306,7 @@ def _describe(model, optimizer) -> tuple[dict[str, Tensor], dict]:
     return tensors, {"name": type(optimizer).__name__, "counters": counters, "params": params}
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
+def put_in_place(temporary: Path, final: Path) -> None:
     """Rename a whole, synced folder, then let `latest` name it. At no moment does `latest` name what is not there."""
     out = final.parent
     if final.exists():
@@ -343,7 +339,16 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)  # what resists is swept at the next save
 
 
-def _sweep(out: Path) -> None:
+def remove_old(out: Path, step: int, keep_last: int, keep=()) -> None:
+    """Of the checkpoints besides this step's, those in `keep` and the `keep_last` newest stay (0: all up to it)."""
+    folders = step_folders(out)
+    wanted = {step, *keep, *[n for n in folders if n <= step][-keep_last:]}  # [-0:] is all of them
+    for n in folders.keys() - wanted:
+        _discard(folders[n])
+    sweep(out)
+
+
+def sweep(out: Path) -> None:
     """Remove what killed runs left."""
     for folder in (*out.glob(".tmp-step_*"), *out.glob("step_*.old")):
         if folder != latest(out):

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from checkpoint import (SPECIAL_IDS, _discard, _put_in_place, _sweep, find_checkpoint, latest, save_model, step_folders,
-                        verify)
+from checkpoint import SPECIAL_IDS, find_checkpoint, latest, put_in_place, remove_old, save_model, sweep, verify
 from model import CausalLM, ModelConfig
 from tensor_files import DTYPES, read_json, read_safetensors, sha256, write_json, write_safetensors
 
@@ -154,7 +153,7 @@ def save_checkpoint(out, step: int, *, tokenizer, state: dict, keep_last: int = 
     temporary, first, failure = out / f".tmp-{name}-shards", run.mesh.here == 0, None
     try:
         if first:
-            _sweep(out)
+            sweep(out)
             temporary.mkdir(parents=True)
         run.wait()  # for the folder to be there
         try:
@@ -165,7 +164,7 @@ def save_checkpoint(out, step: int, *, tokenizer, state: dict, keep_last: int = 
             raise failure or OSError("another rank could not write its shard")
         if first:
             write_rest(temporary, run, model, tokenizer, state | {"step": step})
-            _put_in_place(temporary, out / name)
+            put_in_place(temporary, out / name)
     except OSError as error:
         intact = f"; the previous checkpoint {latest(out)} is intact" if latest(out) else ""
         raise OSError(f"cannot write checkpoint {out / name}: {error.strerror or error}{intact}") from error
@@ -173,10 +172,7 @@ def save_checkpoint(out, step: int, *, tokenizer, state: dict, keep_last: int = 
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
     if first:
-        folders = step_folders(out)
-        for n in folders.keys() - {step, *keep, *[n for n in folders if n <= step][-keep_last:]}:
-            _discard(folders[n])
-        _sweep(out)
+        remove_old(out, step, keep_last, keep)
     run.wait()  # for `latest` to name it
     return out / name
 
