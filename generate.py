@@ -32,6 +32,7 @@ from data.chat import render_prompt, stop_ids, template_of
 from data.tokenizer import load_tokenizer
 from metrics import detect_device
 from model import CausalLM, KVCache
+from quant import quantize_cache
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Args:
     stream: bool = True  # print the text while it grows (of a single continuation)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of weights and cache; None = as stored
+    kv_cache: Literal["", "int8", "int4"] = ""  # round the keys and values of a text's tokens; empty: as --dtype
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager is the readable one
 
 
@@ -125,7 +127,7 @@ def check_sampling(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0, min_p=
 @torch.inference_mode()
 def generate(model: CausalLM, prompts: list[list[int]], *, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, stop_token_ids=(), vocab_size: int | None = None, seed: int = 0,
-             generators: list[torch.Generator] | None = None,
+             generators: list[torch.Generator] | None = None, kv_cache: str = "",
              on_token: Callable[[int, int], bool] | None = None) -> list[list[int]]:
     """Continue token sequences, as one batch; returns the new tokens of each row.
 
@@ -133,9 +135,12 @@ def generate(model: CausalLM, prompts: list[list[int]], *, max_new_tokens: int, 
     fill model.config.max_position_embeddings, or when on_token(row, token), called for every new token, returns True.
     vocab_size: ids at or above it are never drawn (a model's table is often padded beyond its tokenizer).
     generators: one per row, on the model's device; default row_generator(seed, row). The penalty counts the prompt too.
+    kv_cache: "int8" or "int4" rounds keys and values once the prompts, still exact to each other, have been read.
     ValueError: a prompt that is empty or as long as the context, an id out of range, logits that are not finite.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    if kv_cache not in ("", "int8", "int4"):
+        raise ValueError(f"kv_cache is {kv_cache!r}; it must be int8, int4 or empty")
     context, dtype = model.config.max_position_embeddings, next(model.parameters()).dtype
     device, vocab_size = next(model.parameters()).device, vocab_size or model.config.vocab_size
     for row, prompt in enumerate(prompts):
@@ -158,11 +163,13 @@ def generate(model: CausalLM, prompts: list[list[int]], *, max_new_tokens: int, 
     try:
         # Prefill: all prompts at once, padded on the right (nothing sees the padding); logits of their last tokens.
         room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
-        cache = KVCache(model.config, len(prompts), room, dtype, device)
         width = max(map(len, prompts))
+        cache = KVCache(model.config, len(prompts), width if kv_cache else room, dtype, device)
         padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
         hidden = model.hidden(torch.tensor(padded, device=device), kv_cache=cache)  # (B, width, hidden)
         cache.set_lengths(lengths)
+        if kv_cache:  # only now: padding would have a part in the scales
+            quantize_cache(cache, bits=int(kv_cache[3:]), length=room)
         logits = model.lm_head(hidden[rows, lengths - 1])[:, :vocab_size]  # (B, V)
 
         new_tokens = [[] for _ in prompts]
@@ -380,6 +387,7 @@ def main() -> None:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = {name: getattr(args, name) for name in names}
     check_sampling(**sampling)
+    sampling["kv_cache"] = args.kv_cache
     TextStream(args.stop)  # refuses an empty stop string
     if args.num_samples < 1 or args.chat and args.num_samples > 1:
         raise ValueError(f"num_samples is {args.num_samples}; it must be at least 1, and with --chat 1")

@@ -568,13 +568,15 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def quantize_cache(cache, bits: int = 8, keys: str = "channel", block: int = 32):
-    """Let an empty cache (model.KVCache) keep its keys and values in 8 or 4 bits, in place, and return it.
+def quantize_cache(cache, bits: int = 8, keys: str = "channel", block: int = 32, length: int | None = None):
+    """Let a cache (model.KVCache) keep its keys and values in 8 or 4 bits, in place, and return it.
 
     keys: one scale for each "channel" and `block` tokens, or for each "token" and head; values always by token.
+    length: room for so many tokens from now on. What the cache holds, up to its lengths, is rounded too.
     """
     from kernels.kv_cache import QuantizedStore
-    cache.k, cache.v = QuantizedStore(cache.k, bits, keys, block), QuantizedStore(cache.v, bits)
+    cache.k = QuantizedStore(cache.k, bits, keys, block, length, cache.lengths)
+    cache.v = QuantizedStore(cache.v, bits, "token", block, length, cache.lengths)
     return cache
 
 

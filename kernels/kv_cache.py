@@ -28,25 +28,32 @@ class QuantizedStore:
 
         store[layer, row, slots] = x   # x (B, new, Hkv, D); slots (B, new) rising by one in each row
         store[layer, :, :n]            # (B, n, Hkv, D), decoded
-        store[:, rows]                 # another store, of these rows
+        store[:, rows]                 # another store, of these rows; of a slice, it shares the memory
 
     x ~ low + code step. per "token": low and step for each token and head. per "channel": for each channel and `block`
     tokens, since keys have channels that are large for all tokens (KIVI); a block's values are kept in full precision
     until it is full, and rounded anew as it fills. low and step are float16: numbers above 65504 do not fit.
+
+    length: T, if other than like's. filled (B,): so many tokens of each row of `like` are taken over.
     """
 
-    def __init__(self, like: Tensor, bits: int, per: str = "token", block: int = 32):
-        L, B, T, H, D = like.shape
+    def __init__(self, like: Tensor, bits: int, per: str = "token", block: int = 32, length: int | None = None,
+                 filled: Tensor | None = None):
+        L, B, T, H, D = *like.shape[:2], length or like.shape[2], *like.shape[3:]
         _check(bits in (4, 8), "bits", "4 or 8", bits)
         _check(per in ("token", "channel"), "per", "token or channel", repr(per))
         _check(bits == 8 or D % 2 == 0, "head_dim", "even for 4 bits", D)
-        self.shape, self.dtype, self.bits, self.per, self.block = like.shape, like.dtype, bits, per, block
+        self.shape, self.dtype, self.bits, self.per, self.block = (L, B, T, H, D), like.dtype, bits, per, block
         self.packed = like.new_zeros((L, B, T, H, D * bits // 8), dtype=torch.uint8)
         grid = (L, B, T, H, 1) if per == "token" else (L, B, -(-T // block), H, D)
         self.low, self.step = like.new_zeros(grid, dtype=torch.float16), like.new_ones(grid, dtype=torch.float16)
         if per == "channel":
             self.recent = like.new_zeros((L, B, block, H, D))  # the block that each row is filling
             self.filling = torch.full((L, B), -1, device=like.device)  # which one that is
+        for row, n in enumerate([] if filled is None else filled.tolist()):  # each alone: what lies beyond is padding
+            part, slots = self[:, row : row + 1], torch.arange(n, device=like.device)[None]
+            for layer in range(L if n else 0):
+                part[layer, torch.zeros_like(slots[:, :1]), slots] = like[layer, row : row + 1, :n]
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint
+import convert
 import generate
 from data.chat import prepare_tokenizer, read_chats, render, render_prompt, stop_ids
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
@@ -210,6 +211,58 @@ def test_cached_logits_equal_uncached_ones():
     for row, (prompt, new) in enumerate(zip(PROMPTS, tokens)):
         full = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(torch.stack([step[row] for step in caught]), full, atol=1e-9, rtol=0)
+
+
+def sampled_logits(monkeypatch, model, prompts, new, **how):
+    """(rows, new, V): the logits that a greedy generate drew from."""
+    caught, original = [], sample_token
+    monkeypatch.setattr(generate, "sample_token", lambda logits, **s: caught.append(logits) or original(logits, **s))
+    generate.generate(model, prompts, max_new_tokens=new, temperature=0, **how)
+    return torch.stack(caught, 1)
+
+
+@pytest.mark.parametrize("kv_cache, off", [("int8", 5e-3), ("int4", 0.25)])
+def test_padding_has_no_part_in_the_scales_of_a_quantized_cache(monkeypatch, kv_cache, off):
+    """Rows of other lengths in the batch: a block of keys that holds padding, when rounded, would be another."""
+    model = tiny()
+    full = sampled_logits(monkeypatch, model, PROMPTS, 12)
+    together = sampled_logits(monkeypatch, model, PROMPTS, 12, kv_cache=kv_cache)
+    alone = torch.cat([sampled_logits(monkeypatch, model, [prompt], 12, kv_cache=kv_cache) for prompt in PROMPTS])
+    torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)
+    assert torch.equal(together[:, 0], full[:, 0])  # the prompts read each other unrounded
+    assert 0 < (together - full)[:, 1].norm() / full[:, 1].norm() < off  # (later tokens may be others)
+
+
+def test_a_trained_model_read_from_an_int8_cache_says_the_same(shared_data, monkeypatch):
+    """stories260K goes on with what it says by itself; its keys are 8 numbers, so a scale weighs more than usual."""
+    model, sizes = convert.load_pretrained(shared_data / "checkpoints" / "stories260K" / "stories260K.bin"), {}
+    prompts, original = [[1], [1, 403, 407, 261, 378], [1, 410, 429]], generate.quantize_cache
+    said = torch.tensor(generate.generate(model, prompts, max_new_tokens=200, temperature=0))
+    caught = []
+
+    def forced(logits, **settings):
+        caught.append(logits.log_softmax(-1))
+        return said[:, len(caught) - 1]
+
+    def weighed(cache, bits, length):
+        room = 2 * 4 * length * cache.k[:, :, 0].numel()  # bytes of keys and values, not rounded
+        cache = original(cache, bits=bits, length=length)
+        sizes[bits] = (cache.k.nbytes + cache.v.nbytes) / room
+        return cache
+
+    monkeypatch.setattr(generate, "sample_token", forced)
+    monkeypatch.setattr(generate, "quantize_cache", weighed)
+    found = {}
+    for kv_cache in ("", "int8", "int4"):
+        caught.clear()
+        generate.generate(model, prompts, max_new_tokens=200, temperature=0, kv_cache=kv_cache)
+        log_p = torch.stack(caught, 1)  # (3, 200, V)
+        found[kv_cache] = -log_p.gather(2, said[..., None]).mean(), (log_p.argmax(-1) == said).double().mean()
+    assert found[""][1] == 1
+    assert abs(found["int8"][0] - found[""][0]) < 1e-3 and found["int8"][1] >= 0.99  # nats; the same likeliest token
+    assert 1e-3 < found["int4"][0] - found[""][0] < 0.03 and found["int4"][1] >= 0.95
+    # of 32-bit numbers: D codes and two 16-bit numbers for D = 8 values; for keys D codes, and a block in 32 bits
+    assert (8 + 4) / 32 < sizes[8] < 0.42 and (4 + 4) / 32 < sizes[4] < 0.30
 
 
 def test_a_rows_result_depends_on_its_generator_alone():
