@@ -559,6 +559,8 @@ def quantize_model(model: nn.Module, method: str, *, skip=FULL_PRECISION, layers
             raise ValueError(f"{name}: {error}") from None
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.train(found[name].training))
+    for p in model.parameters():  # a view of a buffer that it shared with what was rounded would keep all of that
+        p.data = p.data.clone() if p.untyped_storage().nbytes() > p.nbytes else p.data
     return model
 
 

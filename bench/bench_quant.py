@@ -1,17 +1,20 @@
 """What rounding costs and saves on a real model: bits, bytes, perplexity; how long it takes; how fast int8 multiplies.
 
     python bench/bench_quant.py --model stories260K.bin --text tinystories.txt     # the table -> results/quant.json
+    python bench/bench_quant.py --name quickstart --model out/quickstart/pretrain --text stdlib --documents 400
     python bench/bench_quant.py --speed                                            # times -> results/quant_speed.json
 
---model is whatever convert.py reads. The text is cut into documents at <|endoftext|> (or empty lines). Perplexity is
+--model is whatever convert.py reads. A text is cut into documents at <|endoftext|> (or empty lines). Perplexity is
 over the first --documents of them, each after a begin token and cut to the context; calibration takes 128 windows, and
-training that rounds its batches, from the documents after those. Bits are of the rounded matrices' codes and scales,
-counted in memory without padding: codes, float16 scales and zeros of as many bits as the codes.
+training that rounds its batches, from the documents after those. `stdlib` is the quickstart's corpus: perplexity is of
+held-out documents, shuffled, all else takes those that the model was trained on. Bits are of the rounded matrices'
+codes and scales, counted in memory without padding: codes, float16 scales and zeros of as many bits as the codes.
 """
 
 import argparse
 import copy
 import math
+import random
 import statistics
 import sys
 import time
@@ -24,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.results_io import write_results  # noqa: E402
 from calibrate import calibrate  # noqa: E402
 from convert import load_pretrained, load_pretrained_tokenizer  # noqa: E402
+from data.corpus import split_documents  # noqa: E402
 from model import CausalLM, KVCache, ModelConfig  # noqa: E402
 from optim import AdamW, learning_rate  # noqa: E402
 from quant import Int4Linear, Int8Linear, METHODS, linear_layers, quantize_cache, quantize_model  # noqa: E402
@@ -78,8 +82,14 @@ def train_rounded(model, windows: torch.Tensor, steps: int, lr: float) -> None:
 
 def table(args) -> list[dict]:
     model, tokenizer = load_pretrained(args.model), load_pretrained_tokenizer(args.model)
-    text = Path(args.text).read_text(encoding="utf-8")
-    documents = [d.strip() for d in text.split("<|endoftext|>" if "<|endoftext|>" in text else "\n\n") if d.strip()]
+    if args.text == "stdlib":
+        splits = [[d.text for d in split_documents(["stdlib"], 0.1, split) if d.text.strip()] for split in ("val", "train")]
+        for split in splits:
+            random.Random(0).shuffle(split)
+        documents = splits[0][:args.documents] + splits[1]
+    else:
+        text = Path(args.text).read_text(encoding="utf-8")
+        documents = [d.strip() for d in text.split("<|endoftext|>" if "<|endoftext|>" in text else "\n\n") if d.strip()]
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     context = min(model.config.max_position_embeddings, 512)
     held_out = [([begin] + tokenizer.encode(d))[:context] for d in documents[:args.documents]]
@@ -168,9 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="what convert.py reads")
     parser.add_argument("--name", default="stories260K", help="what the table calls it")
-    parser.add_argument("--text", help="UTF-8 text with <|endoftext|> between documents")
+    parser.add_argument("--text", help="UTF-8 text with <|endoftext|> between documents; or stdlib")
     parser.add_argument("--documents", type=int, default=100, help="of the text, for the perplexity")
-    parser.add_argument("--steps", type=int, default=300, help="of training that rounds")
+    parser.add_argument("--steps", type=int, default=150, help="of training that rounds")
     parser.add_argument("--speed", action="store_true", help="times alone")
     parser.add_argument("--gptq_layers", type=int, default=12, help="of the big model's 12, to time GPTQ on")
     args = parser.parse_args()

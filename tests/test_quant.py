@@ -336,6 +336,20 @@ def test_bytes_in_memory():
     assert model_bytes(model) == matrices + 4 * rows + 4 * (90 * 64 + 5 * 64)
 
 
+def test_what_stays_in_full_precision_does_not_keep_the_whole_file_in_memory():
+    """A loaded model's weights may be views of one buffer: the embedding alone would hold all 16-bit weights alive."""
+    model = tiny()
+    buffer, at = torch.empty(sum(p.numel() for p in model.parameters())), 0
+    for p in model.parameters():
+        view = buffer[at : at + p.numel()].view_as(p).copy_(p.detach())
+        p.data, at = view, at + p.numel()
+    logits = quantize_model(copy.deepcopy(model), "int8")(TOKENS)
+    model = quantize_model(model, "int8")
+    assert torch.equal(model(TOKENS), logits) and model.lm_head.weight is model.model.embed_tokens.weight
+    for p in model.parameters():
+        assert p.untyped_storage().nbytes() == p.nbytes
+
+
 # ------------------------------------------------------------------------------------------------------------ KV cache
 
 
