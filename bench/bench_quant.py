@@ -154,10 +154,10 @@ def speed(gptq_layers: int) -> list[dict]:
                         layer(x)
                         times[name].append(time.perf_counter() - start)
                 ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
-                rows.append({"weight": f"{N} x {K}", "rows": M, **{f"{name}_ms": round(t, 3) for name, t in ms.items()},
-                             "int8_over_float32": round(ms["int8"] / ms["float32"], 3),
-                             "w8a8_over_float32": round(ms["w8a8"] / ms["float32"], 3), "bytes": "1/4"})
-                print(rows[-1], flush=True)
+                for name in layers:
+                    rows.append({"what": f"multiply by {N} x {K}", "rows": M, "method": name, "ms": round(ms[name], 3),
+                                 "over_float32": round(ms[name] / ms["float32"], 3)})
+                    print(rows[-1], flush=True)
     config = ModelConfig(32000, 768, 2048, 12, 12, tie_word_embeddings=True, max_position_embeddings=512)
     model, windows = CausalLM(config), torch.randint(0, 32000, (128, 512), generator=torch.Generator().manual_seed(0))
     works = {method: (lambda m, method=method: quantize_model(m, method)) for method in ("int8", "int4", "nf4")}
@@ -168,7 +168,7 @@ def speed(gptq_layers: int) -> list[dict]:
             del changed.model.layers[gptq_layers:]
         size, start = sum(p.numel() for p in changed.parameters()), time.perf_counter()
         work(changed)
-        rows.append({"quantize": f"{size:,} parameters, {len(changed.model.layers)} layers", "method": name,
+        rows.append({"what": f"quantize {size:,} weights, {len(changed.model.layers)} layers", "method": name,
                      "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()})
         print(rows[-1], flush=True)
     return rows

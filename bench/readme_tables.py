@@ -39,6 +39,12 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
                  ("unequal to one by one", "unequal_to_one_by_one", "d")],
     "quant": [("model", "model", ""), ("method", "method", ""), ("bits per weight", "bits", ".2f"), ("bytes", "bytes", ",d"),
               ("perplexity", "perplexity", ".4f"), ("against float32", "against_fp32", "")],
+    "quant_speed": [("what", "what", ""), ("rows", "rows", "d"), ("method", "method", ""), ("seconds", "seconds", ".1f"),
+                    ("ms", "ms", ".2f"), ("times float32", "over_float32", ".2f")],
+    "qlora": [("model", "what", ""), ("training", "side", ""), ("trained weights", "trained", ",d"),
+              ("learning rate", "lr", "g"), ("exact match", "exact_match", ".1%"), ("weights, bytes", "weights", ",d"),
+              ("gradients", "gradients", ",d"), ("optimizer", "optimizer", ",d"), ("together", "bytes", ",d"),
+              ("of full", "share_of_full", ".1%"), ("peak memory", "peak_memory", ",d")],
     "evaluate": [("benchmark", "benchmark", ""), ("examples shown", "num_fewshot", "d"), ("requests", "requests", "d"),
                  ("ours, s", "ours_seconds", ".2f"), ("lm-evaluation-harness, s", "lm_eval_seconds", ".2f"),
                  ("times as fast", "times_as_fast", ".2f"),
@@ -48,6 +54,8 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
     "parallel": [("what", "what", ""), ("way", "way", ""), ("ranks", "ranks", "d"), ("ms, best", "ms_best", ".0f"),
                  ("ms, median", "ms_median", ".0f")],
 }
+
+TABLES["quant_quickstart"] = TABLES["quant"]
 
 
 def table(name: str) -> str:
