@@ -96,7 +96,7 @@ def table(args) -> list[dict]:
     stream = []
     for document in documents[args.documents:]:
         stream += [begin] + tokenizer.encode(document)
-        if len(stream) >= 4 * 128 * context:
+        if len(stream) >= (16 * args.steps if args.text == "stdlib" else 4 * 128) * context:
             break
     windows = torch.tensor(stream[:len(stream) // context * context]).view(-1, context)
     calibration, rows = windows[:128], []
