@@ -127,7 +127,8 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     for name, p in model.named_parameters():
         parts = [entries[part] for part in hf_names(name, p, config)]
         weight_dtype = dtype or parts[0].dtype
-        at_once = mapped or weight_dtype == parts[0].dtype and not config.num_experts  # no memory is spent in passing
+        whole = weight_dtype == parts[0].dtype and not config.num_experts and not quantization  # of codes there are copies
+        at_once = mapped or whole  # no memory is spent in passing
         if at_once and p.dim() < 3 and str(device) == "cpu":
             maps[parts[0].path] = maps.get(parts[0].path) or read_safetensors(parts[0].path, mapped)
             weights[name] = maps[parts[0].path][hf_names(name, p, config)[0]].to(weight_dtype)

@@ -210,3 +210,13 @@ def test_a_quantized_model_is_saved_and_loaded_like_any_other(method, tmp_path):
     kept = {name: tensor for name, tensor in again.state_dict().items() if name in model.state_dict()}
     assert kept.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "int4"])
+def test_opening_a_folder_keeps_no_second_copy_of_its_codes(tmp_path, method):
+    """The embedding as a view of the whole file would keep the codes in memory twice."""
+    save_model(tmp_path, quantize_model(tiny(), method))
+    model = load_model(tmp_path)
+    tensors = [*model.parameters(), *model.buffers()]
+    held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    assert held < 1.02 * sum(t.nbytes for t in {id(t): t for t in tensors}.values())
