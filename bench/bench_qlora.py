@@ -3,8 +3,9 @@
     python bench/bench_qlora.py --model out/quickstart/pretrain        # after quickstart.sh; an hour on one core
 
 Both begin with the base model, which answers no task, and read the same conversations in the same order for as many
-updates. The learning rate of each is the one of its list that answers most tasks of another tenth of the operands
-(data/tasks.py --fold 1); what is reported is fold 0. Finished runs in --out are not repeated.
+updates. The learning rate of each is the one of its list that, after half as many, answers most tasks of another tenth
+of the operands (data/tasks.py --fold 1); what is reported is fold 0. Finished runs in --out are not repeated. QLoRA's
+base is a folder that calibrate.py rounded, so that its adapter is graded on the weights that it learned beside.
 
 Bytes are counted on the tensors of an update: weights (NF4 codes and their scales, the embedding in float32, A and B),
 gradients, optimizer state. Peak memory is what a process grew by (getrusage's ru_maxrss) from before the model was
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 SIDES = {  # flags of train_sft.py: (rank or 0, alpha, learning rates to choose from)
     "full": (0, 0, (4e-3, 8e-3, 1.6e-2)),
-    "qlora": (16, 64, (4e-3, 8e-3, 1.6e-2)),
+    "qlora": (16, 16, (4e-3, 8e-3, 1.6e-2)),
 }
 BIG = dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
            tie_word_embeddings=True)
@@ -36,17 +37,27 @@ def python(*words) -> str:
                           text=True).stdout
 
 
-def exact_match(args, side: str, lr: float, fold: int) -> dict:
+def base(args, side: str) -> Path:
+    """The folder that a side begins with."""
+    if not SIDES[side][0]:
+        return Path(args.model)
+    folder = args.out / "nf4"
+    if not folder.is_dir():
+        python("calibrate.py", "--model", args.model, "--method", "nf4", "--out", folder)
+    return folder
+
+
+def exact_match(args, side: str, lr: float, fold: int, steps: int) -> dict:
     """Train, unless that is done, and grade: evaluate.py's figures."""
     r, alpha, _ = SIDES[side]
-    tasks, out = args.out / f"tasks{fold}", args.out / f"{side}_{lr:g}_fold{fold}"
+    tasks, out = args.out / f"tasks{fold}", args.out / f"{side}_lr{lr:g}_fold{fold}"
     if not (tasks / "sft_val.jsonl").is_file():
         python("data/tasks.py", "--out", tasks, "--train", 20000, "--val", 1200, "--pairs", 0, "--val_pairs", 0,
                "--fold", fold)
-    adapter = ("--lora_r", r, "--lora_alpha", alpha, "--load_in", "nf4") if r else ()
-    python("train_sft.py", "--model", args.model, "--data", tasks / "sft_train.jsonl", "--val_data",
+    adapter = ("--lora_r", r, "--lora_alpha", alpha) if r else ()
+    python("train_sft.py", "--model", base(args, side), "--data", tasks / "sft_train.jsonl", "--val_data",
            tasks / "sft_val.jsonl", "--out", out, "--optimizer", "muon", "--lr", lr, "--schedule", "linear",
-           "--global_batch_size", 8, "--max_steps", args.max_steps, "--eval_every", 0, "--save_every", 250,
+           "--global_batch_size", 8, "--max_steps", steps, "--eval_every", 0, "--save_every", 250,
            "--log_every", 50, "--sample_tokens", 0, "--resume", "auto", *adapter)
     graded = out / "graded.json"
     if not graded.is_file():
@@ -79,7 +90,7 @@ def measure(side: str, folder: str) -> dict:
     if folder:
         tokenizer, rows, length = load_tokenizer(checkpoint.find_checkpoint(folder)), 8, 256
         prepare_tokenizer(tokenizer, "chatml")
-        model = checkpoint.load_chat_model(folder, tokenizer, "chatml", load_in="nf4" if r else "", adapter=adapter)
+        model = checkpoint.load_chat_model(folder, tokenizer, "chatml", adapter=adapter)
     else:
         rows, length, model = 1, 128, CausalLM(ModelConfig(**BIG))
         model = apply_lora(quantize_model(model, "nf4"), adapter) if r else model
@@ -103,10 +114,10 @@ def measure(side: str, folder: str) -> dict:
             "peak_memory": peak() - before}
 
 
-def memory_rows(what: str, folder: str) -> list[dict]:
+def memory_rows(what: str, folder_of) -> list[dict]:
     rows = []
     for side in SIDES:
-        found = json.loads(python("bench/bench_qlora.py", "--measure", side, "--model", folder).splitlines()[-1])
+        found = json.loads(python("bench/bench_qlora.py", "--measure", side, "--model", folder_of(side)).splitlines()[-1])
         rows.append({"what": what, "side": side, **found})
         rows[-1]["share_of_full"] = found["bytes"] / rows[0]["bytes"]
     return rows
@@ -123,14 +134,15 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.model)))
         return
     from bench.results_io import write_results
-    rows = memory_rows("quickstart", args.model)
+    rows = memory_rows("quickstart", lambda side: base(args, side))
     for row in rows:
-        searched = {f"{lr:g}": exact_match(args, row["side"], lr, 1)["exact_match"] for lr in SIDES[row["side"]][2]}
+        searched = {f"{lr:g}": exact_match(args, row["side"], lr, 1, args.max_steps // 2)["exact_match"]
+                    for lr in SIDES[row["side"]][2]}
         lr = float(max(searched, key=searched.get))
-        graded = exact_match(args, row["side"], lr, 0)
+        graded = exact_match(args, row["side"], lr, 0, args.max_steps)
         row |= {"lr": lr, "exact_match": graded["exact_match"], "families": graded["families"], "searched": searched,
                 "updates": args.max_steps}
-    rows += memory_rows("110 M parameters", "")
+    rows += memory_rows("110 M weights", lambda side: "")
     write_results("qlora", rows)
     full, qlora = rows[:2]
     apart = full["exact_match"] - qlora["exact_match"]
