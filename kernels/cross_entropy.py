@@ -9,9 +9,9 @@ At 16384 tokens and 128256 words the logits are 4.2 GB in 16 bits. Here a chunk 
 the gradients of hidden and weight. So the gradients exist before backward begins, which only multiplies them by the
 gradient of the loss: three matmuls in all, as without chunks. Keeping lse alone and computing the logits again in
 backward would need no room between the passes, but a fourth matmul: 4/3 of the time. Chunks are as large as half a GB
-of 16-bit logits allows, at least 2048 tokens: each adds to the whole weight gradient, 8 bytes read and written per
-6 * chunk FLOPs, which a chunk of 512 tokens does not hide. What is left in memory is the weight gradient's sum, 4 bytes
-per weight (2 with sum_dtype=torch.bfloat16 for a bf16 weight), hidden's gradient and one chunk.
+of 16-bit logits allows, at least 2048 tokens: each adds to the whole weight gradient, 4 or 8 bytes read and written per
+6 * chunk FLOPs, which a chunk of 512 tokens does not hide. What is left in memory is the weight gradient's sum, hidden's
+gradient and one chunk: with a bf16 weight 0.32 of what full logits need at 16384 tokens x 4096 x 128256 (see `plan`).
 
     python kernels/cross_entropy.py           checks against the reference in float64; on a GPU, times too
     python kernels/cross_entropy.py --tune    on a GPU: prints CONFIGS anew
@@ -44,6 +44,7 @@ jit = triton.jit if triton else lambda function: function
 # {GPU architecture: (columns of a row read at once, warps)}; one program walks along one row. Print anew: --tune
 CONFIGS = {"other": (8192, 16), 9: (16384, 32)}
 CHUNK_LOGITS, CHUNK_TOKENS = 2 ** 28, 2048  # a chunk holds so many logits, but never fewer tokens than that
+ROUNDINGS = 8  # of a bf16 sum at most: with 8 it errs 1.6 to 1.8 times as much as one rounding, with 16 over 2 times
 
 
 # ---- the slow truth
@@ -259,8 +260,8 @@ cross_entropy_op.register_autograd(backward_of_cross_entropy, setup_context=save
 
 @torch.library.custom_op("glassbox::linear_cross_entropy", mutates_args=(),
                          schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? factor, int ignore_index, "
-                                "float softcap, float z_loss, ScalarType dtype, ScalarType sum_dtype, int chunk_size, "
-                                "bool hidden_gradient, bool weight_gradient) -> (Tensor, Tensor, Tensor)")
+                                "float softcap, float z_loss, ScalarType dtype, ScalarType? sum_dtype, int? chunk_size,"
+                                " bool hidden_gradient, bool weight_gradient) -> (Tensor, Tensor, Tensor)")
 def linear_cross_entropy_op(hidden, weight, target, factor, ignore_index, softcap, z_loss, dtype, sum_dtype, chunk_size,
                             hidden_gradient, weight_gradient):
     """hidden (M, H), weight (V, H), target (M,), factor (M,) fp32 or None -> sum of factor * loss, and its gradients.
@@ -270,7 +271,7 @@ def linear_cross_entropy_op(hidden, weight, target, factor, ignore_index, softca
     """
     (M, H), V = hidden.shape, weight.shape[0]
     narrow_weight = weight.to(dtype)  # a copy under autocast; else the same tensor
-    rows = triton.cdiv(triton.cdiv(M, max(1, triton.cdiv(M, chunk_size))), 128) * 128  # chunks of one size, about
+    rows, sum_dtype = plan(M, H, V, weight.dtype, sum_dtype, chunk_size)
     loss = hidden.new_empty(M, dtype=torch.float32)
     lse = torch.empty_like(loss)
     buffer = hidden.new_empty(min(rows, M), triton.cdiv(V, 64) * 64, dtype=dtype)  # odd rows are slow in cuBLAS
@@ -295,6 +296,23 @@ def linear_cross_entropy_op(hidden, weight, target, factor, ignore_index, softca
             add_product(sums, logits.t(), x, first=start == 0)
     buffer = logits = None  # freed before the next line may need memory
     return loss.sum(), grad_hidden, sums.to(grad_dtype)
+
+
+def plan(M: int, H: int, V: int, weight_dtype: torch.dtype, sum_dtype, chunk_size) -> tuple[int, torch.dtype]:
+    """Tokens per chunk, and the dtype in which the chunks' weight gradients add up, where the caller leaves them open.
+
+    Bytes per word of a bf16 weight: summed in bf16 its gradient takes 2 H beside the chunk's 2 * tokens; in float32 4 H,
+    beside the chunk or, at last, beside the bf16 copy of 2 H. But a bf16 sum is rounded with each chunk, so they must be
+    large, ROUNDINGS at most. What takes less memory is done: up to 8 (H + max(H, tokens)) tokens in all that is bf16.
+    (Slices of words, each summed over all tokens in one matmul, are rounded once; but they need the logits twice.)
+    """
+    tokens = chunk_size or max(CHUNK_TOKENS, CHUNK_LOGITS // V)
+    if sum_dtype is None:
+        enough, room = -(-M // ROUNDINGS), tokens if chunk_size else H + max(H, tokens)
+        narrow = weight_dtype == torch.bfloat16 and enough <= room
+        tokens, sum_dtype = (max(tokens, enough), torch.bfloat16) if narrow else (tokens, torch.float32)
+    chunks = max(1, -(-M // tokens))
+    return -(-M // (128 * chunks)) * 128, sum_dtype  # chunks of one size, about
 
 
 def weight_gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -331,9 +349,7 @@ def scale_op(tensor, scale):
             scale_kernel[(triton.cdiv(tensor.numel(), block),)](tensor, scale, tensor.numel(), BLOCK=block)
 
 
-@scale_op.register_fake
-def _(tensor, scale):
-    return None
+scale_op.register_fake(lambda tensor, scale: None)
 
 
 def save_for_linear_cross_entropy(ctx, inputs, output):
@@ -349,7 +365,7 @@ def backward_of_linear_cross_entropy(ctx, grad_loss, *_):
     PyTorch then refuses a second backward through the same graph. A tracer's stand-ins (torch.compile) are not written
     to: Inductor sees by itself that it may reuse the memory.
     """
-    gradients = [None, None]
+    gradients = [None] * 12
     for i, (wanted, gradient) in enumerate(zip(ctx.flags, ctx.saved_tensors)):
         if wanted and grad_loss is not None:
             if type(gradient) is Tensor:
@@ -357,7 +373,7 @@ def backward_of_linear_cross_entropy(ctx, grad_loss, *_):
             else:
                 gradient = (gradient.float() * grad_loss).to(gradient.dtype)
             gradients[i] = gradient.to(ctx.dtypes[i])
-    return *gradients, *[None] * 10
+    return tuple(gradients)
 
 
 linear_cross_entropy_op.register_autograd(backward_of_linear_cross_entropy, setup_context=save_for_linear_cross_entropy)
@@ -374,7 +390,7 @@ def linear_cross_entropy_flops(hidden, weight, *args, out_shape=None, **kwargs) 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100, *,
                          reduction: str = "mean", num_tokens: int | float | Tensor | None = None,
                          token_weight: Tensor | None = None, softcap: float | None = None, z_loss: float = 0.0,
-                         sum_dtype: torch.dtype = torch.float32, chunk_size: int | None = None) -> Tensor:
+                         sum_dtype: torch.dtype | None = None, chunk_size: int | None = None) -> Tensor:
     """cross_entropy(hidden @ weight.T, target) without the logits in memory. A scalar in float32 (or float64).
 
     hidden (..., H) and weight (V, H), Hugging Face's lm_head layout, of one float dtype, or any under autocast, which
@@ -384,8 +400,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     num_tokens: what "mean" divides the sum by, e.g. the count over all micro batches and ranks: a number, or a tensor
         of one element. Default: the counted tokens' weights, summed, i.e. their count. If it is 0, so is the loss.
     token_weight (...): factors of the tokens' losses; a constant. softcap: see above; None or 0 for none.
-    z_loss: the factor of lse^2. sum_dtype: in what the weight gradient's chunks add up; a 16-bit weight's own dtype
-        halves the memory, and rounds once per chunk. chunk_size: tokens per chunk, up to a multiple of 128.
+    z_loss: the factor of lse^2. chunk_size: tokens per chunk, up to a multiple of 128.
+    sum_dtype: in what the weight gradient's chunks add up. Default: float32, but a bf16 weight's own dtype while that
+        takes less memory and rounds at most 8 times (`plan`). A float16 sum might overflow before it is divided.
     Deterministic. No gradient is computed for what does not require one, nor under no_grad. One backward per forward,
     and no second derivatives (the gradients are made in the forward pass and scaled in place).
     """
@@ -397,8 +414,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
         raise ValueError(f"weight is on {weight.device}, hidden on {hidden.device}; they must be on one device")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
-    if sum_dtype not in (torch.float32, weight.dtype):
-        raise ValueError(f"sum_dtype is {sum_dtype}; it must be torch.float32 or weight's dtype, {weight.dtype}")
+    if sum_dtype not in (None, torch.float32) and not sum_dtype == weight.dtype == torch.bfloat16:
+        raise ValueError(f"sum_dtype is {sum_dtype}; it must be torch.float32, or torch.bfloat16 for a weight that is "
+                         f"bfloat16 (this one is {weight.dtype})")
     dtype, V = matmul_dtype(hidden, weight), len(weight)
     check_range(target, ignore_index, V)
     if not runs_kernel(hidden.device, dtype, "linear_cross_entropy"):
@@ -419,9 +437,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     recording = torch.is_grad_enabled()
     loss, _, _ = linear_cross_entropy_op(
         hidden.reshape(-1, hidden.shape[-1]), weight, flat, factor, ignore_index, softcap or 0.0, z_loss, dtype,
-        torch.float32 if weight.dtype == torch.float16 else sum_dtype,
-        chunk_size or max(CHUNK_TOKENS, CHUNK_LOGITS // V), recording and hidden.requires_grad,
-        recording and weight.requires_grad)
+        sum_dtype, chunk_size, recording and hidden.requires_grad, recording and weight.requires_grad)
     return loss if power is None else loss * power
 
 
@@ -540,11 +556,10 @@ def check_example(device, dtype: torch.dtype) -> bool:
 
 def tune(device) -> None:
     """Print CONFIGS for this GPU: the fastest way through rows of 128256 logits."""
-    arch = torch.cuda.get_device_capability(device)[0]
+    arch, times = torch.cuda.get_device_capability(device)[0], {}
     logits = torch.randn(CHUNK_TOKENS, 128256, device=device, dtype=torch.bfloat16)
     target = torch.zeros(len(logits), dtype=torch.int64, device=device)
-    loss, lse = torch.empty(len(logits), device=device), torch.empty(len(logits), device=device)
-    times = {}
+    loss, lse = torch.empty(2, len(logits), device=device)
     for config in [(block, warps) for block in (4096, 8192, 16384, 32768) for warps in (8, 16, 32)]:
         CONFIGS[arch] = config
         times[config] = triton.testing.do_bench(
@@ -564,9 +579,8 @@ def main() -> None:
         parser.error("--tune needs a GPU")
     if args.tune:
         return tune(device)
-    good = [check_example(device, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)
-            if device.type == "cuda" or dtype != torch.bfloat16]
-    if not all(good):
+    dtypes = (torch.float32, torch.float16) + (torch.bfloat16,) * (device.type == "cuda")
+    if not all([check_example(device, dtype) for dtype in dtypes]):
         raise SystemExit("an error is larger than allowed")
     if device.type == "cpu":
         print("no GPU: nothing is timed; the kernels " + ("ran in Triton's interpreter" if INTERPRETED else
