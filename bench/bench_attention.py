@@ -2,11 +2,15 @@
 
     python bench/bench_attention.py             # on a GPU the table's sizes; on a CPU small ones, printed only
     python bench/bench_attention.py --record    # writes bench/results/attention.json from a CPU too
+    python bench/bench_attention.py --memory    # without a GPU: counts bytes, writes attention_memory.json
 
 Every side gets the same tensors, laid out (B, S, H, D) as a model makes them, in the same run, and must first agree
 with float64 on a small problem of the same mask. Times are medians between CUDA events, with 10th and 90th percentile;
 q is larger than the 60 MB L2. TFLOP/s count the pairs that the mask lets through, 4 D for each in forward and 10 D in
 backward; the floor is that work at the speed of a large matmul measured here.
+
+Bytes can be counted without a GPU: our operators run and allocate what they do there, while the kernels, which allocate
+nothing, are left out. The peak is that of forward and backward above the inputs; PyTorch's plain way runs in earnest.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.memory import peak_bytes  # noqa: E402
 from bench.results_io import write_results  # noqa: E402
 from kernels import flash_attention as kernel  # noqa: E402
 
@@ -186,11 +191,36 @@ def rows_of(case, device, matmul_tflops: float | None) -> list[dict]:
     return rows
 
 
+def memory_rows() -> list[dict]:
+    """Peaks of one causal attention of 4 heads of 64 in float16, forward and backward, by length."""
+    def peak(S: int, attend) -> int:
+        q, k, v, dout = (torch.empty(1, S, 4, 64, dtype=torch.float16) for _ in range(4))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        return peak_bytes(lambda: torch.autograd.grad(attend(*inputs), inputs, dout))
+
+    kept, rows = (kernel._launch, kernel._kernel_runs_on), []
+    kernel._launch, kernel._kernel_runs_on = lambda *_: None, lambda _: True
+    try:
+        found = [("ours", S, peak(S, ours("causal", S, None))) for S in (1024, 4096, 16384, 65536, 262144)]
+    finally:
+        kernel._launch, kernel._kernel_runs_on = kept
+    found += [("PyTorch, plain", S, peak(S, sdpa(SDPBackend.MATH, True))) for S in (1024, 2048, 4096)]
+    for what, S, size in found:
+        rows.append({"what": what, "seq_len": S, "peak_mb": round(size / 1e6, 1), "bytes_per_token": round(size / S)})
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="write the results of a CPU too")
+    parser.add_argument("--memory", action="store_true", help="count bytes instead, which needs no GPU")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.memory:
+        if device.type == "cuda":
+            parser.error("--memory is for machines without a GPU; a test has it there (pytest -m gpu -k linear)")
+        write_results("attention_memory", memory_rows())
+        return
     rows, matmul_tflops = [], None
     if device.type == "cpu":
         print("no GPU: small sizes, and PyTorch's paths only (timing Triton's interpreter means nothing)", flush=True)

@@ -2,15 +2,21 @@
 
     python bench/bench_cross_entropy.py            # on a GPU the table's sizes; on a CPU small ones, printed only
     python bench/bench_cross_entropy.py --record   # writes bench/results/cross_entropy.json from a CPU too
+    python bench/bench_cross_entropy.py --memory   # without a GPU: counts bytes, writes cross_entropy_memory.json
 
 Every side gets the same tensors in the same run, and must first agree with float64 on a small problem. Times are
 medians between CUDA events, with 10th and 90th percentile; GBs move in each repetition, so the L2 holds nothing of the
 one before. Memory is the peak above what was allocated before the call: gradients count, inputs do not. The floor of
 head and loss is three matmuls at the speed measured here; that of the loss alone, reading the logits twice and writing
 their gradient once at the speed of a copy.
+
+Bytes can be counted without a GPU. Ours allocates all that it does at the full size, while matmuls and kernels, which
+allocate nothing, are left out; PyTorch's ways run in earnest, with each dimension a sixteenth and so each term a 256th.
+Full logits at their best hold three arrays: the logits, which their gradient takes the place of, and two gradients.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import statistics
 import sys
@@ -21,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.memory import peak_bytes  # noqa: E402
 from bench.results_io import write_results  # noqa: E402
 from kernels import cross_entropy as kernel  # noqa: E402
 
@@ -80,17 +87,6 @@ def spread(run, device, seconds: float = 2.0) -> dict:
             times.append((time.perf_counter() - now) * 1e3)
     deciles = statistics.quantiles(times, n=10)
     return {"ms": round(statistics.median(times), 3), "ms_p10": round(deciles[0], 3), "ms_p90": round(deciles[-1], 3)}
-
-
-def peak_bytes(run, device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def speed_of_light(device) -> dict:
@@ -154,13 +150,13 @@ def linear_rows(case, device, light) -> list[dict]:
 
         row = {"what": name, "tokens": tokens, "hidden_size": hidden_size, "vocab_size": vocabulary,
                "weight_dtype": str(weight_dtype)[6:]} | spread(run, device)
-        peak = peak_bytes(run, device)
-        row["peak_gb"] = None if peak is None else round(peak / 1e9, 2)
+        peak = peak_bytes(run)
+        row["peak_gb"] = round(peak / 1e9, 4)
         row["tflops"] = round(flops / row["ms"] / 1e9, 1)
         rows.append(row)
     for row in rows:  # the first is what the goals compare with
         row["time_ratio"] = round(row["ms"] / rows[0]["ms"], 3)
-        row["memory_ratio"] = row["peak_gb"] and round(row["peak_gb"] / rows[0]["peak_gb"], 3)
+        row["memory_ratio"] = round(row["peak_gb"] / rows[0]["peak_gb"], 3)
         if light:
             row["floor_ms"] = round(flops / light["matmul_tflops"] / 1e9, 2)
     return rows
@@ -186,8 +182,8 @@ def plain_rows(tokens, vocabulary, device, light) -> list[dict]:
             return torch.autograd.grad(function(logits, target), logits)
 
         row = {"what": f"plain: {name}", "tokens": tokens, "vocab_size": vocabulary} | spread(run, device)
-        peak = peak_bytes(run, device)
-        row |= {"peak_gb": None if peak is None else round(peak / 1e9, 2)}
+        peak = peak_bytes(run)
+        row |= {"peak_gb": round(peak / 1e9, 4)}
         row["time_ratio"] = round(row["ms"] / (rows[0]["ms"] if rows else row["ms"]), 3)
         if light:
             row["floor_ms"] = round(3 * logits.nbytes / light["copy_tb_per_s"] / 1e9, 2)
@@ -195,11 +191,74 @@ def plain_rows(tokens, vocabulary, device, light) -> list[dict]:
     return rows
 
 
+@contextlib.contextmanager
+def nothing_computed():
+    """On a CPU: our operator runs, autograd too, and allocates what it does on a GPU; no number is written."""
+    kept = {name: getattr(kernel, name) for name in ("runs_kernel", "launch", "add_product", "scale_op")} | {"mm": torch.mm}
+    for name in kept.keys() - {"mm"}:
+        setattr(kernel, name, lambda *args, **options: True)
+    torch.mm = lambda a, b, out: out  # always into memory that is there
+    try:
+        yield
+    finally:
+        torch.mm = kept.pop("mm")
+        for name, function in kept.items():
+            setattr(kernel, name, function)
+
+
+def memory_rows() -> list[dict]:
+    """Peaks of loss and both gradients of a bfloat16 weight, and their share of what full logits need at their best."""
+    rows = []
+
+    def add(what: str, sizes: tuple[int, int, int], peak: int | None = None) -> None:
+        M, H, V = sizes
+        least = 2 * (M * V + V * H + M * H)
+        rows.append({"what": what, "tokens": M, "hidden_size": H, "vocab_size": V, "peak_mb": round((peak or least) / 1e6),
+                     "share": round((peak or least) / least, 3)})
+
+    def measured(function, sizes) -> int:
+        M, H, V = sizes
+        hidden, weight = (torch.empty(n, H, dtype=torch.bfloat16, requires_grad=True) for n in (M, V))
+        target = torch.zeros(M, dtype=torch.int64)
+
+        def run():
+            return torch.autograd.grad(function(hidden, weight, target), (hidden, weight))
+        if "ours" not in function.__name__:
+            run()  # compiles
+        return peak_bytes(run)
+
+    def ours(hidden, weight, target, **options):
+        return kernel.linear_cross_entropy(hidden, weight, target, reduction="sum", **options)
+
+    def ours_in_fp32(hidden, weight, target):
+        return ours(hidden, weight, target, sum_dtype=torch.float32)
+
+    goal = 16384, 4096, 128256
+    sixteenth = tuple(n // 16 for n in goal)
+    add("full logits at their best, by formula", goal)
+    with nothing_computed():
+        for sizes in (goal, (32768, *goal[1:]), (65536, *goal[1:])):
+            add("ours", sizes, measured(ours, sizes))
+        add("ours, weight gradient summed in float32", goal, measured(ours_in_fp32, goal))
+    try:
+        add("torch.compile, all logits", sixteenth, measured(torch.compile(eager, dynamic=False), sixteenth))
+    except Exception as failure:  # no C++ compiler, for one
+        print(f"torch.compile is left out: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+    add("PyTorch, all logits", sixteenth, measured(eager, sixteenth))
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="write the results of a CPU too")
+    parser.add_argument("--memory", action="store_true", help="count bytes instead, which needs no GPU")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.memory:
+        if device.type == "cuda":
+            parser.error("--memory is for machines without a GPU; on one, each row of the table has its peak")
+        write_results("cross_entropy_memory", memory_rows())
+        return
     if device.type == "cpu":
         print("no GPU: small sizes, and PyTorch's paths only (timing Triton's interpreter means nothing)", flush=True)
     light = speed_of_light(device)

@@ -1,5 +1,6 @@
 """One shape for every measured table: bench/results/NAME.json = {device, versions, commit, rows}."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("triton", "flash_attn", "liger_kernel", "bitsandbytes", "torchao")  # those that are installed
 
 
 def device_name() -> str:
@@ -33,6 +35,7 @@ def write_results(name: str, rows: list[dict], quiet: bool = False) -> dict:
     """Write `rows` to bench/results/`name`.json with what they were measured on; return it, print it unless quiet."""
     versions = {"python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in ("torch", "numpy", "tiktoken", "sentencepiece")}
+    versions |= {package: metadata.version(package) for package in PEERS if importlib.util.find_spec(package)}
     result = {"device": device_name(), "versions": versions, "commit": git_commit(), "rows": rows}
     path = ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
