@@ -51,6 +51,11 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
                  ("largest difference per token, nats", "largest_difference_per_token", ".0e")],
     "load": [("way", "way", ""), ("GB", "gigabytes", ".2f"), ("seconds", "seconds", ".2f"),
              ("times reading the files", "times_reading", ".2f"), ("GB of its own memory", "gigabytes_own", ".2f")],
+    "attention_memory": [("way", "what", ""), ("length", "seq_len", ",d"), ("peak, MB", "peak_mb", ",.1f"),
+                         ("bytes per token", "bytes_per_token", ",d")],
+    "cross_entropy_memory": [("way", "what", ""), ("tokens", "tokens", ",d"), ("hidden size", "hidden_size", ",d"),
+                             ("words", "vocab_size", ",d"), ("peak, MB", "peak_mb", ",d"),
+                             ("share of full logits at their best", "share", ".3f")],
     "parallel": [("what", "what", ""), ("way", "way", ""), ("ranks", "ranks", "d"), ("ms, best", "ms_best", ".0f"),
                  ("ms, median", "ms_median", ".0f")],
 }

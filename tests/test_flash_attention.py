@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.memory import peak_bytes
 from kernels import flash_attention as fa
 from kernels.flash_attention import flash_attn_func, flash_attn_varlen_func
 
@@ -268,6 +269,18 @@ def test_split_keys_merge_through_lse():
     dout, dlse = torch.randn(1, 20, 1, 16), torch.randn(1, 1, 20)
     whole = with_gradients(lambda *x: flash_attn_func(*x, return_lse=True), [q, k, v], dout, dlse)
     assert all(largest(a, b) < 1e-5 for a, b in zip(with_gradients(merged, [q, k, v], dout, dlse), whole))
+
+
+def test_memory_is_linear_in_length(monkeypatch):
+    """Above inputs: out, dq, dk, dv, and per row and head LSE, its gradient and two companions. The kernels, which
+    allocate nothing, are left out, so that lengths whose scores would take 69 GB can be counted."""
+    monkeypatch.setattr(fa, "_launch", lambda *_: None)
+    monkeypatch.setattr(fa, "_kernel_runs_on", lambda _: True)
+    for S in (1000, 131072):
+        q, k, v, dout = (torch.empty(1, S, 2, 64, dtype=torch.float16) for _ in range(4))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        peak = peak_bytes(lambda: torch.autograd.grad(flash_attn_func(*inputs, causal=True), inputs, dout))
+        assert peak == 4 * S * 2 * 64 * 2 + 4 * 4 * S * 2
 
 
 @interpreter
