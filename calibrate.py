@@ -58,6 +58,7 @@ class Args:
     windows: int = 128  # calibration samples
     seq_len: int | None = None  # of a sample; None: the model's context, at most 2048
     format: str = "auto"  # bitsandbytes gptq gptq_v2 awq fbgemm_fp8 glassbox; auto: what most programs read
+    resume: Literal["none", "auto"] = "none"  # auto: leaves an --out alone that is finished
     device: str = "cpu"  # or cuda, cuda:1, mps
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # of what is not rounded
 
@@ -414,6 +415,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--data: {args.method} {'needs text to calibrate with' if looks else 'looks at no text'}")
     if args.group_size < 0 or args.group_size % 32:
         raise ValueError(f"--group_size {args.group_size}: must be a multiple of 32, or 0 for a whole row")
+    if args.resume == "auto" and (Path(args.out) / "config.json").is_file():  # it came whole, by one renaming
+        print(f"{args.out}: finished, nothing to do")
+        return
     if Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
         raise ValueError(f"--out {args.out}: is not empty; choose another")
     folder = find_checkpoint(args.model)

@@ -21,7 +21,8 @@ from bench.results_io import write_results  # noqa: E402
 from metrics import read_rows  # noqa: E402
 
 OUT = "out/quickstart"
-GRADED = f"--tasks {OUT}/tasks/sft_val.jsonl --pairs {OUT}/tasks/pairs_val.jsonl --batch_size 64 --max_new_tokens 64"
+ANSWERED = f"--tasks {OUT}/tasks/sft_val.jsonl --batch_size 64 --max_new_tokens 64"
+GRADED = f"{ANSWERED} --pairs {OUT}/tasks/pairs_val.jsonl"
 STAGES = {
     "tokenizer": f"-m data.prepare --data stdlib --vocab_size 2048 --out {OUT}/data",
     "pretrain": f"train_pretrain.py --data {OUT}/data --out {OUT}/pretrain --optimizer muon --lr 4e-3 --schedule wsd "
@@ -41,6 +42,12 @@ STAGES = {
            f"--val_data {OUT}/tasks/pairs_val.jsonl --out {OUT}/dpo --beta 3 --lr 1e-4 --global_batch_size 32 "
            "--max_steps 120 --eval_every 120 --resume auto",
     "dpo model": f"evaluate.py --model {OUT}/dpo {GRADED} --out {OUT}/dpo.json",
+    "4 bits": f"calibrate.py --model {OUT}/dpo --method nf4 --out {OUT}/nf4 --resume auto",
+    "4-bit model": f"evaluate.py --model {OUT}/nf4 {ANSWERED} --out {OUT}/nf4.json",
+    "lora": f"train_sft.py --model {OUT}/nf4 --data {OUT}/new_tasks/sft_train.jsonl --out {OUT}/lora --lora_r 16 "
+            "--optimizer muon --lr 1e-3 --schedule linear --warmup_steps 5 --global_batch_size 8 --max_steps 40 "
+            "--eval_every 0 --resume auto",
+    "lora model": f"evaluate.py --model {OUT}/lora {ANSWERED} --out {OUT}/lora.json",
     "chat": f"generate.py --model {OUT}/dpo --chat --temperature 0 --max_new_tokens 64 --prompt 'What is 27 + 45?' /reset "
             "'Add 345 and 287 step by step.' /reset 'Which number is largest: 47 82 19 33?' /reset "
             "'How many a in d a c a f a?' /reset 'Sort the list: 4 7 1 9' /reset 'Reverse the letters: k a t'",
@@ -65,21 +72,23 @@ def run_stage(command: str) -> tuple[float, int]:
 
 def table(measured: dict, out: Path) -> list[dict]:
     """A row for each stage: what it cost, and the figures of the model that it began with and of the one that it left."""
-    graded = {name: json.loads((out / f"{name}.json").read_text()) for name in ("base", "sft", "dpo")}
+    graded = {name: json.loads((out / f"{name}.json").read_text()) for name in ("base", "sft", "dpo", "nf4", "lora")}
     log = read_rows(out / "pretrain" / "metrics.jsonl")
     rows = {stage: {"stage": stage, "seconds": round(seconds, 1), "peak_memory_mb": round(peak / 2**20)}
             for stage, (seconds, peak) in measured.items()}
-    for stage in ("pretrain", "sft", "dpo"):
+    for stage in ("pretrain", "sft", "dpo", "lora"):
         steps = [row for row in read_rows(out / stage / "metrics.jsonl") if row["kind"] == "train"]
         rows[stage] |= {"tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps),
                         "training_seconds": round(steps[-1]["seconds"], 1)}
     rows["pretrain"] |= {"bits_per_byte_before": next(row for row in log if row["kind"] == "eval")["bits_per_byte"],
                          "bits_per_byte_after": graded["base"]["bits_per_byte"]}
     rows["base model"] |= {name: graded["base"][name] for name in ("gzip_bits_per_byte", "xz_bits_per_byte")}
-    for stage, before in (("sft", "base"), ("dpo", "sft")):
+    for stage, before, after in (("sft", "base", "sft"), ("dpo", "sft", "dpo"), ("4 bits", "dpo", "nf4"),
+                                 ("lora", "nf4", "lora")):
         for figure in ("exact_match", "preference_accuracy"):
-            rows[stage] |= {f"{figure}_before": graded[before][figure], f"{figure}_after": graded[stage][figure]}
-        rows[stage]["families"] = {name: right / total for name, (right, total) in graded[stage]["families"].items()}
+            if figure in graded[after]:
+                rows[stage] |= {f"{figure}_before": graded[before][figure], f"{figure}_after": graded[after][figure]}
+        rows[stage]["families"] = {name: right / total for name, (right, total) in graded[after]["families"].items()}
     rows["all"] = {"stage": "all", "seconds": round(sum(seconds for seconds, _ in measured.values()), 1)}
     return list(rows.values())
 
@@ -106,6 +115,7 @@ def main() -> None:
     show(rows)
     of = {row["stage"]: row for row in rows}
     sft, dpo, after = of["sft"], of["dpo"], of["pretrain"]["bits_per_byte_after"]
+    lost, regained = (of[stage]["exact_match_after"] - of[stage]["exact_match_before"] for stage in ("4 bits", "lora"))
     gzip, xz = (of["base model"][f"{name}_bits_per_byte"] for name in ("gzip", "xz"))
     print(f"held-out text by gzip -9: {gzip:.3f} bits per byte, by xz -9: {xz:.3f}; by the base model: {after:.3f}")
     print("exact match after SFT: " + ", ".join(f"{name} {share:.0%}" for name, share in sft["families"].items()))
@@ -121,6 +131,8 @@ def main() -> None:
         "exact match of the worst family after SFT": (min(sft["families"].values()), 0.30),
         "preference accuracy gained by DPO": (gained, 1e-9 if dpo["preference_accuracy_after"] >= 0.90 else 0.15),
         "exact match gained by DPO": (dpo["exact_match_after"] - dpo["exact_match_before"], 0.0),
+        "exact match gained by 4 bits": (lost, -0.05),
+        "exact match gained by LoRA beside 4 bits": (regained, 0.0),
     }
     missed = [f"{what}: {figure:.4f}, expected at least {least:.4f}" for what, (figure, least) in expected.items()
               if not figure >= least]

@@ -333,6 +333,11 @@ def test_command_line_writes_a_folder(tmp_path, capsys):
                     "--seq_len", "16", "--windows", "8", "--out", str(tmp_path / "out")])
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "gptq" and config["group_size"] == 32 and (tmp_path / "out" / "tokenizer.json").exists()
+    again = ["--model", str(tmp_path / "model"), "--method", "nf4", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="is not empty"):
+        calibrate.main(again)
+    calibrate.main([*again, "--resume", "auto"])  # finished, by whichever method
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == config
     assert "warning: 8 calibration samples" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is not empty"):
         save_quantized(tmp_path / "out", tiny())
