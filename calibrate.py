@@ -19,6 +19,7 @@ Xiao et al., SmoothQuant (arXiv:2211.10438), eq. 4.
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
@@ -39,6 +40,7 @@ from data.tokenizer import load_tokenizer
 from quant import METHODS, affine_codes, affine_grid, linear_layers, model_bytes, quantize_model
 
 DATA_METHODS = ("gptq", "awq", "smoothquant")
+AT_ONCE = 8  # windows that run through a layer together
 WINDOWS = 128  # what GPTQ, AWQ and SmoothQuant were published with; fewer are warned of
 
 
@@ -243,13 +245,31 @@ def run_layer(layer: nn.Module, states: Tensor, call, watch: dict | None = None,
     `watch` {module: function}, function(args, kwargs) sees what it is called with, and may raise _Stop."""
     hooks = [module.register_forward_pre_hook(lambda _, args, kwargs, f=f: f(args, kwargs), with_kwargs=True)
              for module, f in (watch or {}).items()]
-    for i in range(0, len(states), 8):
+    for i in range(0, len(states), AT_ONCE):
         with contextlib.suppress(_Stop):
-            y = layer(states[i : i + 8], *call[0], **call[1])
+            y = layer(states[i : i + AT_ONCE], *call[0], **call[1])
             if out is not None:
-                out[i : i + 8] = y
+                out[i : i + AT_ONCE] = y
     for hook in hooks:
         hook.remove()
+
+
+@contextlib.contextmanager
+def remembered(module: nn.Module, calls: int):
+    """Inside, `module` computes what its first `calls` calls ask for, and from then on puts out the same over again."""
+    outputs, count, forward = [], itertools.count(), module.forward
+
+    def recall(*args, **kwargs):
+        turn = next(count)
+        if turn < calls:
+            outputs.append(forward(*args, **kwargs))
+        return outputs[turn % calls]
+
+    module.forward = recall  # hides the class's
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def sharing(layer: nn.Module, states: Tensor, call, linears: dict[str, nn.Linear]) -> list[list[str]]:
@@ -282,36 +302,48 @@ def calibrate(model: nn.Module, windows: Tensor, method: str = "gptq", *, bits: 
     for number, (layer, call) in enumerate(zip(model.model.layers, calls)):
         linears = linear_layers(layer)
         if method == "gptq":
-            error = _gptq_layer(layer, states, call, linears, act_order, group_scales, damping, rounding)
+            settings = dict(act_order=act_order, group_scales=group_scales, damping=damping, **rounding)
+            error = _gptq_layer(layer, states, call, linears, settings)
         elif method == "awq":
             error = _awq_layer(layer, states[:search_windows], call, linears, rounding)
         else:
             error = _smooth_layer(layer, states, call, alpha)
             quantize_model(layer, "w8a8")
-        run_layer(layer, states, call, out=states)
+        if method != "gptq":
+            run_layer(layer, states, call, out=states)
         report(f"layer {number}: {error}")
     return model
 
 
-def _gptq_layer(layer, states, call, linears, act_order, group_scales, damping, rounding) -> str:
-    """q, k and v first, then o on what they put out when rounded, then gate and up, then down."""
-    errors = []
-    for names in sharing(layer, states, call, linears):
-        K = linears[names[0]].in_features
-        H = torch.zeros(K, K, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
+def _gptq_layer(layer, states, call, linears, settings) -> str:
+    """q, k and v first, then o on what they put out when rounded, then gate and up, then down; the states at the end."""
+    groups = sharing(layer, states, call, linears)
+    early = [names for names in groups if names[0].startswith("self_attn.")]
+    errors = [_gptq_group(layer, states, call, names, **settings) for names in early]
+    with remembered(layer.self_attn, -(-len(states) // AT_ONCE)):  # it is done: else it would run three times more
+        errors += [_gptq_group(layer, states, call, names, **settings) for names in groups if names not in early]
+        run_layer(layer, states, call, out=states)
+    return ", ".join(errors)
 
-        def add(args, kwargs):
-            x = args[0].flatten(0, -2).to(H.dtype)
-            H.addmm_(x.t(), x, alpha=2 / (states.shape[0] * states.shape[1]))  # H = (2 / n) sum x x^T
-            raise _Stop  # what comes after is of no use now
 
-        run_layer(layer, states, call, {linears[names[0]]: add})
-        for name in names:
-            rounded = gptq(linears[name].weight, H, act_order=act_order, group_scales=group_scales, damping=damping,
-                           **rounding)
-            quantize_model(layer, "int4", layers=[name], act_order=act_order, **rounding)
-            layer.get_submodule(name).set_codes(*rounded[:3], rounded.g_idx if act_order else None)
-            errors.append(f"{name} {rounded.error:.3g}")
+def _gptq_group(layer, states, call, names, act_order, group_scales, damping, **rounding) -> str:
+    """Round the linear layers `names`, which read the same tensor."""
+    first, errors = layer.get_submodule(names[0]), []
+    K = first.in_features
+    H = torch.zeros(K, K, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
+
+    def add(args, kwargs):
+        x = args[0].flatten(0, -2).to(H.dtype)
+        H.addmm_(x.t(), x, alpha=2 / (states.shape[0] * states.shape[1]))  # H = (2 / n) sum x x^T
+        raise _Stop  # what comes after is of no use now
+
+    run_layer(layer, states, call, {first: add})
+    for name in names:
+        rounded = gptq(layer.get_submodule(name).weight, H, act_order=act_order, group_scales=group_scales,
+                       damping=damping, **rounding)
+        quantize_model(layer, "int4", layers=[name], act_order=act_order, **rounding)
+        layer.get_submodule(name).set_codes(*rounded[:3], rounded.g_idx if act_order else None)
+        errors.append(f"{name} {rounded.error:.3g}")
     return ", ".join(errors)
 
 

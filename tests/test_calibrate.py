@@ -1,5 +1,6 @@
 """calibrate.py: GPTQ against brute force and its own algebra, AWQ's and SmoothQuant's promises, whole models."""
 
+import contextlib
 import copy
 import json
 
@@ -291,6 +292,17 @@ def test_only_one_layer_s_states_are_kept():
 
 
 # --------------------------------------------------------------------------------------------------------- command line
+
+
+def test_an_attention_that_is_remembered_gives_each_window_its_own(monkeypatch):
+    """19 windows run 8 at a time: in the passes after the first, each part must get what it got then."""
+    windows, models = torch.randint(0, 90, (19, 12), generator=torch.Generator().manual_seed(3)), []
+    for how in (calibrate.remembered, lambda module, calls: contextlib.nullcontext()):
+        monkeypatch.setattr(calibrate, "remembered", how)
+        models.append(calibrate.calibrate(tiny(), windows, "gptq", group_size=32))
+        assert all("forward" not in vars(layer.self_attn) for layer in models[-1].model.layers)
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()):
+        assert torch.equal(a, b)
 
 
 class Bytes:
