@@ -182,10 +182,11 @@ def _adam8bit_update(param, grad, m_codes, m_absmax, v_codes, v_absmax, lr, beta
                                   weight_decay, step)
         return
     BLOCKS = 8
-    _update_kernel[(triton.cdiv(param.numel(), BLOCK * BLOCKS),)](
-        param, grad.contiguous(), m_codes, m_absmax, v_codes, v_absmax, param.numel(), beta1,
-        beta2, 1 - beta1, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step),
-        1 / math.sqrt(1 - beta2**step), eps, BLOCK, BLOCKS, num_warps=4)
+    with torch.cuda.device_of(param):  # Triton launches on the current device
+        _update_kernel[(triton.cdiv(param.numel(), BLOCK * BLOCKS),)](
+            param, grad.contiguous(), m_codes, m_absmax, v_codes, v_absmax, param.numel(), beta1,
+            beta2, 1 - beta1, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step),
+            1 / math.sqrt(1 - beta2**step), eps, BLOCK, BLOCKS, num_warps=4)
 
 
 @_adam8bit_update.register_fake

@@ -10,8 +10,8 @@ the gradients of hidden and weight. So the gradients exist before backward begin
 gradient of the loss: three matmuls in all, as without chunks. Keeping lse alone and computing the logits again in
 backward would need no room between the passes, but a fourth matmul: 4/3 of the time. Chunks are as large as half a GB
 of 16-bit logits allows, at least 2048 tokens: each adds to the whole weight gradient, 4 or 8 bytes read and written per
-6 * chunk FLOPs, which a chunk of 512 tokens does not hide. What is left in memory is the weight gradient's sum, hidden's
-gradient and one chunk: with a bf16 weight 0.32 of what full logits need at 16384 tokens x 4096 x 128256 (see `plan`).
+6 * chunk FLOPs, which a chunk of 512 tokens does not hide. What is left in memory is the weight gradient's sum, that of
+hidden, and one chunk: with a bf16 weight 0.32 of what full logits need at 16384 tokens x 4096 x 128256 (see `plan`).
 
     python kernels/cross_entropy.py           checks against the reference in float64; on a GPU, times too
     python kernels/cross_entropy.py --tune    on a GPU: prints CONFIGS anew
@@ -301,9 +301,9 @@ def linear_cross_entropy_op(hidden, weight, target, factor, ignore_index, softca
 def plan(M: int, H: int, V: int, weight_dtype: torch.dtype, sum_dtype, chunk_size) -> tuple[int, torch.dtype]:
     """Tokens per chunk, and the dtype in which the chunks' weight gradients add up, where the caller leaves them open.
 
-    Bytes per word of a bf16 weight: summed in bf16 its gradient takes 2 H beside the chunk's 2 * tokens; in float32 4 H,
-    beside the chunk or, at last, beside the bf16 copy of 2 H. But a bf16 sum is rounded with each chunk, so they must be
-    large, ROUNDINGS at most. What takes less memory is done: up to 8 (H + max(H, tokens)) tokens in all that is bf16.
+    Bytes per word of a bf16 weight: summed in bf16 its gradient takes 2 H beside the chunk's 2 * tokens; in float32 4 H
+    beside the chunk or, at last, beside the bf16 copy of 2 H. But a bf16 sum is rounded with each chunk: so there must
+    be few, ROUNDINGS at most. The way with less memory is taken: bf16 up to 8 (H + max(H, tokens)) tokens in all.
     (Slices of words, each summed over all tokens in one matmul, are rounded once; but they need the logits twice.)
     """
     tokens = chunk_size or max(CHUNK_TOKENS, CHUNK_LOGITS // V)

@@ -61,12 +61,7 @@ def visible(seqlen_q: int, seqlen_k: int, left: int, right: int, device=None) ->
     The last query stands at the last key ("bottom-right"), which is what decoding with a cache needs."""
     i = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
     j = torch.arange(seqlen_k, device=device)
-    mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
-    if left >= 0:
-        mask &= j >= i - left
-    if right >= 0:
-        mask &= j <= i + right
-    return mask
+    return ((j >= i - left) | (left < 0)) & ((j <= i + right) | (right < 0))
 
 
 def _probabilities(q: Tensor, k: Tensor, softmax_scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
@@ -311,18 +306,14 @@ def _tiles_kernel(cu, tiles, count, slots, steps, BLOCK: tl.constexpr, SIZE: tl.
 
 
 # ---- launching them
-def _architecture(x: Tensor) -> int:
-    return 8 if torch.version.hip else torch.cuda.get_device_capability(x.device)[0]
-
-
 def _config(kernel: str, q: Tensor) -> dict:
     """Tile sizes and launch options for the device that q lies on."""
     width = max(16, triton.next_power_of_2(q.shape[-1]))  # tl.dot wants at least 16
     if not q.is_cuda or q.dtype == torch.float32:
         M, N, warps, stages = FLOAT32_CONFIGS[max(width, 128)] if q.is_cuda else INTERPRETER_CONFIG[kernel]
     else:
-        key = max(width, 64), kernel
-        M, N, warps, stages = CONFIGS.get((_architecture(q), *key), CONFIGS[(8, *key)])
+        arch, key = torch.cuda.get_device_capability(q.device)[0], (max(width, 64), kernel)
+        M, N, warps, stages = CONFIGS.get((8 if torch.version.hip else arch, *key), CONFIGS[(8, *key)])
     return {"M": M, "N": N, "BLOCK_D": width, "num_warps": warps, "num_stages": stages}
 
 
@@ -457,7 +448,8 @@ def _require(fine: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window_size, return_lse):
+def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window_size, return_lse,
+            return_attn_probs, **absent):
     layout = "(batch, seqlen, heads, head_dim)" if cu_seqlens_q is None else "(total, heads, head_dim)"
     if torch.is_autocast_enabled(q.device.type):  # as PyTorch's own attention does
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -474,6 +466,8 @@ def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causa
     _require(q.shape[-2] > 0 and k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0,
              f"q has {q.shape[-2]} heads and k {k.shape[-2]}; q's must be a multiple of k's")
     _require(dropout_p == 0.0, f"dropout_p is {dropout_p}; there is no dropout here: it must be 0")
+    for name, value in absent.items():
+        _require(not isinstance(value, Tensor) and not value, f"{name} is {value}; there is none here: leave it out")
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     _require(0.0 < softmax_scale < math.inf, f"softmax_scale is {softmax_scale}; it must be positive and finite")
     _require(len(window_size) == 2 and all(isinstance(size, int) and size >= -1 for size in window_size),
@@ -482,11 +476,12 @@ def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causa
     left = -1 if left >= k.shape[-3] else left  # a window that hides nothing costs nothing
     right = -1 if right >= q.shape[-3] else right
     out, lse = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, float(softmax_scale), left, right)
-    return (out, lse) if return_lse else out
+    return (out, lse, None) if return_attn_probs else (out, lse) if return_lse else out
 
 
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-                    causal: bool = False, window_size: tuple[int, int] = (-1, -1), return_lse: bool = False):
+                    causal: bool = False, window_size: tuple[int, int] = (-1, -1), return_lse: bool = False, *,
+                    softcap: float = 0.0, alibi_slopes=None, deterministic=True, return_attn_probs: bool = False):
     """softmax(softmax_scale * q k^T + mask) v, with flash-attention's signature (Dao 2023).
 
     q (B, Sq, H, D); k, v (B, Sk, Hkv, D), H a multiple of Hkv: query head h reads key head h // (H / Hkv). D <= 256.
@@ -495,14 +490,18 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, sof
     causal: query i sees keys up to i + Sk - Sq: the last query sees all of them ("bottom-right"). window_size (left,
     right): it sees only those from i + Sk - Sq - left to i + Sk - Sq + right; -1 is no bound.
     -> out as q; with return_lse also LSE (B, H, Sq), the natural logarithm of each row's sum of exp(scores), in float32
-    (float64 for float64), differentiable. A query that sees nothing gets 0, LSE = -inf and no gradient."""
-    return _attend(q, k, v, None, None, dropout_p, softmax_scale, causal, window_size, return_lse)
+    (float64 for float64), differentiable. A query that sees nothing gets 0, LSE = -inf and no gradient.
+    The last four are flash-attention's: deterministic it always is; softcap and alibi_slopes must be off;
+    return_attn_probs returns (out, LSE, None)."""
+    return _attend(q, k, v, None, None, dropout_p, softmax_scale, causal, window_size, return_lse, return_attn_probs,
+                   softcap=softcap, alibi_slopes=alibi_slopes)
 
 
 def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                            max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0,
                            softmax_scale: float | None = None, causal: bool = False,
-                           window_size: tuple[int, int] = (-1, -1), return_lse: bool = False):
+                           window_size: tuple[int, int] = (-1, -1), return_lse: bool = False, *, softcap: float = 0.0,
+                           alibi_slopes=None, deterministic=True, return_attn_probs: bool = False, block_table=None):
     """flash_attn_func for documents packed one after the other: no token sees another document.
 
     q (total_q, H, D); k, v (total_k, Hkv, D). cu_seqlens_q, cu_seqlens_k (documents + 1,) int32 on the same device:
@@ -520,7 +519,8 @@ def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor
             cu._rises_to = x.shape[0]  # this very tensor serves every layer
     _require(len(cu_seqlens_q) == len(cu_seqlens_k), f"cu_seqlens_q names {len(cu_seqlens_q) - 1} documents, "
              f"cu_seqlens_k {len(cu_seqlens_k) - 1}; there must be as many")
-    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window_size, return_lse)
+    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window_size, return_lse,
+                   return_attn_probs, softcap=softcap, alibi_slopes=alibi_slopes, block_table=block_table)
 
 
 def check(device: torch.device) -> bool:
@@ -564,7 +564,7 @@ def tune(head_dims: list[int]) -> None:
     for D in head_dims:
         expected = measure(torchs, 4096, 16, D)[1]
         for kernel in ("forward", "dq", "dkdv"):
-            key, times = (_architecture(expected[0]), D, kernel), {}
+            key, times = (8 if torch.version.hip else torch.cuda.get_device_capability()[0], D, kernel), {}
             others = [(*(a, b)[::-1 if kernel == "dkdv" else 1], warps, stages)  # a: the side of the accumulators
                       for a in (64, 128) for b in (32, 64, 128) for warps in (4, 8) for stages in (2, 3)]
             for CONFIGS[key] in dict.fromkeys([CONFIGS.get(key, CONFIGS[8, D, kernel])] + others):

@@ -214,15 +214,16 @@ def _launch(x: Tensor, q: Int4, config: dict) -> Tensor:
     while grid[0] * split < PROGRAMS and split * 2 * config["UNITS"] * 32 <= K:
         split *= 2
     out = x.new_empty((M, N)) if split == 1 else x.new_empty((split, M, N), dtype=torch.float32)
-    if M == 1:
-        _matvec_kernel[(*grid, split)](x, *q, out, N, K // 32, SPLIT=split, **tiles)
-    else:
-        _matmul_kernel[(*grid, split)](x, *q, out, M, N, K // 32, SPLIT=split, **tiles)
-    if split == 1:
-        return out
-    whole = x.new_empty((M, N))
-    _add_splits_kernel[(triton.cdiv(M * N, 1024),)](out, whole, M * N, SPLIT=split, BLOCK=1024)
-    return whole
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if M == 1:
+            _matvec_kernel[(*grid, split)](x, *q, out, N, K // 32, SPLIT=split, **tiles)
+        else:
+            _matmul_kernel[(*grid, split)](x, *q, out, M, N, K // 32, SPLIT=split, **tiles)
+        if split == 1:
+            return out
+        whole = x.new_empty((M, N))
+        _add_splits_kernel[(triton.cdiv(M * N, 1024),)](out, whole, M * N, SPLIT=split, BLOCK=1024)
+        return whole
 
 
 def _dequantize(q: Int4, dtype: torch.dtype, runs_kernel: bool) -> Tensor:
@@ -232,7 +233,8 @@ def _dequantize(q: Int4, dtype: torch.dtype, runs_kernel: bool) -> Tensor:
     out = torch.empty(N, words * 8, dtype=dtype, device=q.packed.device)
     if out.numel():
         units_per_group = words // q.scale.shape[1] // 4
-        _dequantize_kernel[(triton.cdiv(N * words // 4, UNITS),)](*q, out, N * words // 4, units_per_group, UNITS)
+        with torch.cuda.device_of(out):
+            _dequantize_kernel[(triton.cdiv(N * words // 4, UNITS),)](*q, out, N * words // 4, units_per_group, UNITS)
     return out
 
 

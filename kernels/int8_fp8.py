@@ -123,7 +123,8 @@ def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     codes = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     scale = x.new_empty(M, dtype=torch.float32)
     BLOCK = min(4096, triton.next_power_of_2(K))
-    _quantize_rows_kernel[(M,)](x.contiguous(), codes, scale, K, LARGEST[dtype], dtype == torch.int8, BLOCK)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _quantize_rows_kernel[(M,)](x.contiguous(), codes, scale, K, LARGEST[dtype], dtype == torch.int8, BLOCK)
     return codes, scale
 
 
@@ -161,7 +162,8 @@ def _linear_8bit(x, codes, scale):
         codes = torch.nn.functional.pad(codes, (0, -K % 8, 0, -N % 8))
     sums = torch._int_mm(x_codes, codes.t())[:M, :N].contiguous()  # int32, exact
     out, BLOCK = x.new_empty((M, N)), 1024
-    _rescale_kernel[(M, triton.cdiv(N, BLOCK))](sums, x_scale, scale, out, N, BLOCK)
+    with torch.cuda.device_of(x):
+        _rescale_kernel[(M, triton.cdiv(N, BLOCK))](sums, x_scale, scale, out, N, BLOCK)
     return out
 
 

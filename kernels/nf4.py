@@ -255,8 +255,9 @@ def _launch(x: Tensor, q: NF4, config: dict) -> Tensor:
     BLOCK_M = 1 if M == 1 else max(16, triton.next_power_of_2(M))  # 16 rows are the least that a tensor core takes
     out = x.new_empty((M, N))
     x = x.view(M, K // 8, 8).transpose(1, 2).contiguous()  # see the kernel
-    _linear_kernel[(triton.cdiv(N, config["BLOCK_N"]), 1)](
-        x, q.packed.view(torch.int32), *q.tensors[1:], out, M, N, K // 8, q.block_size // 8, BLOCK_M=BLOCK_M, **config)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _linear_kernel[(triton.cdiv(N, config["BLOCK_N"]), 1)](x, q.packed.view(torch.int32), *q.tensors[1:], out, M, N,
+                                                               K // 8, q.block_size // 8, BLOCK_M=BLOCK_M, **config)
     return out
 
 
@@ -266,8 +267,9 @@ def _dequantize(q: NF4, dtype: torch.dtype, runs_kernel: bool) -> Tensor:
     out = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
     all_words, WORDS = out.numel() // 8, 1024
     if all_words:
-        _dequantize_kernel[(triton.cdiv(all_words, WORDS),)](
-            q.packed.view(torch.int32), *q.tensors[1:], out, all_words, q.block_size // 8, WORDS)
+        with torch.cuda.device_of(out):
+            _dequantize_kernel[(triton.cdiv(all_words, WORDS),)](
+                q.packed.view(torch.int32), *q.tensors[1:], out, all_words, q.block_size // 8, WORDS)
     return out
 
 
@@ -283,7 +285,8 @@ def _nf4_quantize(w, levels, block_size):
     blocks, BLOCKS = triton.cdiv(n, block_size), max(1, 2048 // block_size)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=w.device)
-    _quantize_kernel[(triton.cdiv(blocks, BLOCKS),)](w, levels, packed, absmax, n, blocks, block_size, BLOCKS)
+    with torch.cuda.device_of(w):
+        _quantize_kernel[(triton.cdiv(blocks, BLOCKS),)](w, levels, packed, absmax, n, blocks, block_size, BLOCKS)
     return packed, absmax
 
 
