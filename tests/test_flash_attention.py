@@ -4,12 +4,13 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.memory import peak_bytes
@@ -147,13 +148,42 @@ def test_kernel_equals_float64(dirty, B, Sq, Sk, H, Hkv, D, causal, window):
         assert largest(a, b) <= allowed, name
 
 
+PUBLISHED = [  # flash-attention's own test shapes: Sq, Sk, H, Hkv, D, causal, window
+    (1, 239, 1, 1, 32, False, (-1, -1)), (113, 203, 2, 1, 80, True, (-1, -1)), (127, 513, 1, 1, 64, False, (57, 31)),
+    (239, 1, 8, 1, 96, False, (-1, -1)), (799, 3, 4, 1, 128, True, (-1, -1))]
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """Long sequences in few tiles: the interpreter takes 18 ms for one of any size."""
+    monkeypatch.setattr(fa, "INTERPRETER_CONFIG", {"forward": (128, 64, 4, 1), "dq": (64, 128, 4, 1),
+                                                   "dkdv": (128, 64, 4, 1)})
+
+
+@interpreter
+@pytest.mark.parametrize("Sq, Sk, H, Hkv, D, causal, window", PUBLISHED)
+def test_flash_attentions_own_shapes(dirty, large_tiles, Sq, Sk, H, Hkv, D, causal, window):
+    """1 to 8 heads per key head; in float32 against float64, in float16 by the rule; dirty memory, dO not contiguous."""
+    inputs = make(1, Sq, Sk, H, Hkv, D)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    dout = torch.randn(1, H, D, Sq).permute(0, 3, 1, 2)
+
+    def run(inputs):
+        out = flash_attn_func(*inputs, causal=causal, window_size=window)
+        return out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))
+    for a, b, allowed in zip(run(inputs), run(wide), (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
+        assert a.isfinite().all() and largest(a, b) <= allowed
+    by_the_rule(1, Sq, Sk, H, Hkv, D, causal, window, torch.float16)
+
+
 def within_twice_torchs_error(ours, theirs, true):
-    """flash-attention's rule for half precision: |ours - ref32| <= 2 |torch in that dtype - ref32| + atol."""
+    """flash-attention's rule for half precision: |ours - ref32| <= 2 |torch in that dtype - ref32| + atol, and what is
+    allowed in float32: with a single key dQ and dK are 0, which PyTorch meets exactly and float32 sums do not."""
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, theirs, true, strict=True):
         low = c.to(b.dtype)
         rounding = 2 * float(((low + 0.3 - 0.3) - low).abs().max())
         assert a.isfinite().all()
-        assert largest(a.float(), c) <= 2 * largest(b.float(), c) + rounding + 1e-5, name
+        assert largest(a.float(), c) <= 2 * largest(b.float(), c) + rounding + (1e-5 if name == "out" else 1e-4), name
 
 
 def by_the_rule(B, Sq, Sk, H, Hkv, D, causal, window, dtype, device="cpu"):
@@ -322,6 +352,42 @@ def test_full_graph_compile_and_checkpointing():
     compiled = with_gradients(torch.compile(block, fullgraph=True, backend="aot_eager"), [q, k, v], dout, dlse)
     again = with_gradients(lambda *x: checkpoint(block, *x, use_reentrant=False), [q, k, v], dout, dlse)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, compiled, again))
+
+
+@interpreter
+def test_selective_checkpointing_keeps_its_output_and_runs_it_once(monkeypatch):
+    """What an operator opaque to autograd is for: a policy can name it."""
+    launched, launch, operator = [], fa._launch, torch.ops.glassbox.flash_attention.default
+    monkeypatch.setattr(fa, "_launch", lambda kernel, name, *rest: (launched.append(name), launch(kernel, name, *rest)))
+    q, k, v = make(1, 8, 8, 1, 1, 16)
+
+    def block(q, k, v):
+        return flash_attn_func(q * 2, k, v, causal=True).sin().sum()
+    expected = torch.autograd.grad(block(q, k, v), (q, k, v))
+    for policy, runs in ((CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)):
+        launched.clear()
+        contexts = partial(create_selective_checkpoint_contexts,
+                           lambda ctx, op, *a, **o: policy if op == operator else CheckpointPolicy.PREFER_RECOMPUTE)
+        grads = torch.autograd.grad(checkpoint(block, q, k, v, use_reentrant=False, context_fn=contexts), (q, k, v))
+        assert all(map(torch.equal, grads, expected)) and launched.count("forward") == runs
+
+
+def test_flash_attentions_arguments_are_taken():
+    """Those of its 2.x, by keyword as its users pass them; what is not offered is refused unless it is switched off."""
+    q, k, v = (x.detach().double() for x in make(1, 5, 5, 2, 1, 8))
+    cu = torch.tensor([0, 5], dtype=torch.int32)
+    out, lse = flash_attn_func(q, k, v, 0.0, 0.3, True, (2, 0), return_lse=True)
+    theirs = dict(dropout_p=0.0, softmax_scale=0.3, causal=True, window_size=(2, 0), softcap=0.0, alibi_slopes=None,
+                  deterministic=False)
+    again, again_lse, nothing = flash_attn_func(q, k, v, **theirs, return_attn_probs=True)
+    packed = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=5, max_seqlen_k=5,
+                                    **theirs, block_table=None)
+    assert torch.equal(out, again) and torch.equal(lse, again_lse) and nothing is None and torch.equal(out[0], packed)
+    for name, value in (("softcap", 30.0), ("alibi_slopes", torch.ones(2))):
+        with pytest.raises(ValueError, match=f"{name} is .*leave it out"):
+            flash_attn_func(q, k, v, **{name: value})
+    with pytest.raises(ValueError, match="block_table is"):
+        flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 5, 5, block_table=torch.zeros(1, 1))
 
 
 def test_autocast_narrows_as_pytorchs_attention_does():
