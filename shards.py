@@ -6,6 +6,8 @@
                                                       "shape", "file"}]}, for "model" and for "optimizer"
                             model.safetensors         in a run's last checkpoint: the whole model, for everyone else
 
+With adapters (lora.py) what is not trained is left out, and the last checkpoint has adapter_model.safetensors instead.
+
 A box is a rectangle of a whole tensor. What a rank holds is known from each parameter's placement and from where in it
 ZeRO's piece starts; a piece of a flattened matrix is the end of a row, whole rows and the beginning of one:
 
@@ -21,6 +23,7 @@ Face folders, are read the same way: each of their tensors is one box.
     model = load_sharded(latest("out/x"))                                     # the whole model, in one process
 """
 
+import re
 import shutil
 from dataclasses import replace
 from math import prod
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import lora
 from checkpoint import SPECIAL_IDS, find_checkpoint, latest, put_in_place, remove_old, save_model, sweep, verify
 from model import CausalLM, ModelConfig
 from tensor_files import DTYPES, read_json, read_safetensors, sha256, write_json, write_safetensors
@@ -103,6 +107,15 @@ def parts_of(run=None, model=None) -> list[Part]:
         buckets = run.sync.units if run.zero == 3 else run.sync.buckets
         divided = {id(p) for bucket in buckets for p in bucket.parameters}
     return pieces + [Part(name, p, p, 0) for name, p in named.items() if id(p) not in divided]
+
+
+def kept(run=None, model=None) -> dict[str, tuple[int, ...]]:
+    """{name: whole shape} of the parameters that a checkpoint holds: all, or of a model with adapters the trained."""
+    model = next(iter(run.stages.values())) if run else model
+    shapes = run.shapes if run else {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if not lora.adapted(model):
+        return shapes
+    return {name: shapes[name] for name, p in model.named_parameters() if p.requires_grad}
 
 
 def places(part: Part, tensor: Tensor, mesh) -> tuple[tuple[int, ...], list[tuple[Box, Tensor]]]:
@@ -205,8 +218,9 @@ def write_shard(folder: Path, run) -> None:
     """This rank's shard_00003.safetensors, and beside it shard_00003.json, for rank 0 to make the index of."""
     tensors, index = {}, {"model": {}, "optimizer": {}}
     file, kinds = folder / f"shard_{run.mesh.here:05d}.safetensors", {dtype: kind for kind, dtype in DTYPES.items()}
+    shapes = kept(run)
     for part in parts_of(run):
-        if writes(part, run.mesh, run.shapes):
+        if writes(part, run.mesh, shapes):
             states = {f"{part.name}.{key}": t for key, t in run.optimizer.state.get(part.piece, {}).items()}
             for section, found in (("model", {part.name: part.piece}), ("optimizer", states)):
                 for name, tensor in found.items():
@@ -278,7 +292,10 @@ def plain_tensors(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
     def one(tensor: Tensor) -> Whole:
         return Whole(tuple(tensor.shape), tensor.dtype, [(Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)])
 
-    saved, found = read_safetensors(folder / "model.safetensors"), {}
+    found, adapter = {}, folder / "adapter_model.safetensors"
+    saved = read_safetensors(adapter if adapter.is_file() else folder / "model.safetensors")
+    if adapter.is_file():  # under PEFT's names; of tied copies one is a parameter
+        saved = {name: saved[key] for name in shapes if (key := peft_name(name)) in saved}
     for name, shape in shapes.items():
         names = checkpoint.hf_names(name, torch.empty(shape, device="meta"), config)
         if len(shape) < 3 and name in saved:
@@ -290,6 +307,12 @@ def plain_tensors(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
     found |= {name: one(tensor) for name, tensor in saved.items()}  # unknown ones, to be named
     states = read_safetensors(folder / "optimizer.safetensors") if (folder / "optimizer.safetensors").exists() else {}
     return {"model": found, "optimizer": {name: one(tensor) for name, tensor in states.items()}}
+
+
+def peft_name(name: str) -> str:
+    """...q_proj.lora_A.default -> base_model.model...q_proj.lora_A.weight; lm_head.modules_to_save.default.weight ->
+    base_model.model.lm_head.weight"""
+    return lora.PREFIX + re.sub(r"\.(lora_[AB])\.default$", r".\1.weight", name).replace(".modules_to_save.default", "")
 
 
 @torch.no_grad()
@@ -305,7 +328,7 @@ def load_checkpoint(folder, model=None, optimizer=None, run=None) -> dict:
     mesh = run.mesh if run else Mesh()
     verify(folder, contents=mesh.here == 0)
     config, optimizer = run.config if run else model.config, run.optimizer if run else optimizer
-    shapes = run.shapes if run else {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = kept(run, model)
     saved, state = saved_tensors(folder, config, shapes), read_json(folder / "state.json")
     theirs = state.pop("optimizer")
     for name in sorted(shapes.keys() ^ saved["model"].keys()):
@@ -326,7 +349,9 @@ def load_checkpoint(folder, model=None, optimizer=None, run=None) -> dict:
     if optimizer is not None:
         optimizer.state.clear()
     for part in parts_of(run, model):
-        name = part.name if part.name in shapes else part.placement()["tied"]  # a copy in another pipeline stage
+        name = part.name if part.name in shapes else part.placement().get("tied")  # a copy in another pipeline stage
+        if name is None:  # frozen, beside adapters
+            continue
         read(part, name, saved["model"][name], part.piece)
         for key, whole in states.get(name, {}).items() if optimizer is not None and part.whole.requires_grad else []:
             tensor = empty_state(part, whole)
@@ -355,7 +380,8 @@ def empty_state(part: Part, whole: Whole) -> Tensor:
 def is_sharded(path) -> bool:
     """Whether a run's newest checkpoint, or a checkpoint, is in shards alone."""
     folder = find_checkpoint(path)
-    return (folder / "index.json").is_file() and not (folder / "model.safetensors").is_file()
+    whole = (folder / name for name in ("model.safetensors", "adapter_model.safetensors"))
+    return (folder / "index.json").is_file() and not any(file.is_file() for file in whole)
 
 
 def load_sharded(path, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
@@ -363,7 +389,10 @@ def load_sharded(path, *, dtype: torch.dtype | None = None, device="cpu", attent
     """The whole model of a checkpoint of many processes, or of a run's newest, in eval mode; see load_model."""
     folder = find_checkpoint(path)
     config = replace(ModelConfig.from_hf(read_json(folder / "config.json")), attention=attention, kernels=kernels)
-    kind = next(iter(read_json(folder / "index.json")["model"].values()))["dtype"]
+    saved = read_json(folder / "index.json")["model"]
+    if any(".lora_A." in name for name in saved):
+        raise ValueError(f"{folder}: shards of adapters alone, for --resume; the run's last checkpoint has the adapter")
+    kind = next(iter(saved.values()))["dtype"]
     with torch.device("meta"):
         model = CausalLM(config)
     model = model.to(dtype or DTYPES[kind]).to_empty(device=device)

@@ -7,10 +7,13 @@ The training stages do the same into --out/data by themselves; this command is f
 
 The folder holds the shards of both splits with their index.json (data/pack.py) and the tokenizer's own files, so it
 needs nothing else. It appears whole or not at all. A second call with the same settings finds it and does nothing.
+Conversations are prepared by `prepare_chats`; pairs of answers, which are few, are only read, by `read_pairs`.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # chat needs two more: no resizing later
 
@@ -82,6 +85,77 @@ def prepare(out_data_dir, *, data, val_data=None, val_fraction=0.1, tokenizer=No
         print(f"data: {split:5} {total['documents']:,} documents, {total['bytes'] / 1e6:.2f} MB, {total['tokens']:,} "
               f"tokens of {per_token:.2f} bytes, vocabulary {made.vocab_size}")
     return made, index
+
+
+def prepare_chats(out_data_dir, tokenizer, *, data, val_data, val_fraction, template, seq_len) -> dict:
+    """The index of `out_data_dir`: conversations rendered, cut to seq_len, split, packed; made once, then reused.
+
+    tokenizer: after data.chat.prepare_tokenizer. val_fraction: the share held out, by text, if there is no val_data."""
+    from data.chat import read_chats, render, truncate
+    from data.pack import read_index, write_chats
+
+    out_data_dir = Path(out_data_dir)
+    settings = dict(data=data, val_data=val_data, val_fraction=val_fraction, template=template, seq_len=seq_len)
+    if (out_data_dir / "index.json").exists():  # of a run that is resumed, or that was killed before it began to train
+        if (index := read_index(out_data_dir))["settings"] != settings:
+            raise ValueError(f"{out_data_dir}: made with {index['settings']}, not {settings}: choose another --out")
+        return index
+    counts = {"cut": 0, "nothing to train on": 0}
+
+    def chats(sources: list[str], split: str):
+        for chat in read_chats(sources):
+            ids, mask = render(chat.messages, tokenizer, template, chat.tools)
+            held_out = place_of(chat.messages) < val_fraction * 2**256  # copies fall on one side
+            if not val_data and held_out != (split == "val"):
+                continue
+            kept = truncate(ids, mask, seq_len)
+            counts["nothing to train on" if kept is None else "cut"] += kept is None or len(kept[0]) < len(ids)
+            if kept is not None:
+                yield kept
+
+    splits = {"train": chats(data, "train"), "val": chats(val_data or data, "val")}
+    index = write_chats(out_data_dir, splits, tokenizer, seq_len, settings=settings)
+    for split, total in index["splits"].items():
+        print(f"data: {split:5} {total['conversations']:,} conversations, {total['trained_tokens']:,} trained tokens, "
+              f"{total['tokens']:,} in all")
+    print("data: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + f" at --seq_len {seq_len}")
+    return index
+
+
+class Pair(NamedTuple):
+    """Two answers to a prompt, as data.chat.render gives them."""
+
+    chosen: tuple[list[int], list[int]]  # ids of prompt and answer, mask of the answer
+    rejected: tuple[list[int], list[int]]
+    num_bytes: int  # of the chosen answer's text
+
+    length = property(lambda self: max(len(self.chosen[0]), len(self.rejected[0])))  # of the longer one, in tokens
+
+
+def read_pairs(tokenizer, split: str, *, data, val_data, val_fraction, template, seq_len) -> list[Pair]:
+    """The pairs of "train" or "val", rendered; ties, and those without an answer inside seq_len, are left out."""
+    from data.chat import read_preferences, render, truncate
+
+    pairs, ties, lost = [], 0, 0
+    for row in read_preferences(val_data if split == "val" and val_data else data):
+        held_out = place_of(row.prompt) < val_fraction * 2**256  # all answers to a prompt fall on one side
+        if not val_data and held_out != (split == "val"):
+            continue
+        sides = [render(row.prompt + side, tokenizer, template, train_from=len(row.prompt))
+                 for side in (row.chosen, row.rejected)]
+        sides = [truncate(ids, mask, seq_len) for ids, mask in sides]
+        ties, lost = ties + row.is_tie, lost + (None in sides)
+        if not row.is_tie and None not in sides:
+            pairs.append(Pair(*sides, len("".join(message["content"] for message in row.chosen).encode())))
+    print(f"data: {split:5} {len(pairs):,} pairs; left out: {ties} of two equal answers, {lost} too long for --seq_len")
+    if not pairs:
+        raise ValueError(f"the {split} split holds no pair: give more --data, another --val_fraction, or --val_data")
+    return pairs
+
+
+def place_of(messages: list[dict]) -> int:
+    """A number below 2^256 that depends on the messages alone, evenly spread."""
+    return int.from_bytes(hashlib.sha256(repr(messages).encode()).digest(), "big")
 
 
 def prepared_folder(folder: str, val_data: list[str], tokenizer: str):

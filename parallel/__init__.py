@@ -50,12 +50,14 @@ class Flags:
 
 def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = False, sequence_parallel: bool = False,
                 cp_method: str = "zigzag", pp_schedule: str = "1f1b", pp_chunks: int = 2, autocast=None, own_loss=None,
-                device=None):
+                weigh=None, device=None):
     """Cut a CausalLM for this rank of the mesh -> Run. ValueError, before anything is cut: what does not go together.
 
     autocast: a dtype for forward, None for the parameters' own. own_loss(stage) -> scalar or None, asked for after a
-    forward: trained besides (the routers' balance), but not in the loss that is told. offload: ZeRO's part of weights
-    and state stays in the CPU's memory.
+    forward: trained besides (the routers' balance), but not in the loss that is told. weigh(labels) -> (targets, -100
+    where nothing counts, and how much each counts), (B, S) both; None: each label counts 1. offload: ZeRO's part of
+    weights and state stays in the CPU's memory. optimizer_of None: a frozen model, which is only run; of ZeRO it takes
+    stage 3 alone.
     """
     from parallel.context import context_parallel
     from parallel.expert import expert_parallel
@@ -69,6 +71,8 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
         raise ValueError("--zero 3 gathers whole layers, --ep has cut them: take --zero 1 or 2 with --ep")
     if offload and not zero:
         raise ValueError("--offload moves ZeRO's part of the state: it needs --zero 1, 2 or 3")
+    if optimizer_of is None and zero < 3:  # there is no state to divide
+        zero, offload = 0, False
     if pp * chunks > model.config.num_hidden_layers:
         layers = model.config.num_hidden_layers
         raise ValueError(f"--pp {pp} with {chunks} chunks makes {pp * chunks} stages of {layers} layers; at most "
@@ -87,7 +91,7 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
     named = {}  # the chunks of a rank have different layers, and may share none
     for stage in stages.values():
         named |= dict(stage.named_parameters())
-    optimizer = optimizer_of(list(named.items()))
+    optimizer = optimizer_of(list(named.items())) if optimizer_of else None
 
     def is_expert(p) -> bool:
         return "ep" in getattr(p, "placement", {}).get("shard", {})
@@ -101,7 +105,8 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
     if zero == 3:
         from parallel.fsdp import FSDP, units
         sync = FSDP(units(model), data, offload=offload, device=device, dtype=autocast)
-        sync.shard(optimizer)
+        if optimizer is not None:
+            sync.shard(optimizer)
     elif zero:
         from parallel.grads import finalize
         from parallel.zero import Zero
@@ -113,7 +118,8 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
     else:
         from parallel.ddp import DDP
         sync = DDP(named.values(), group_of, overlap=pp == 1)
-    return Run(mesh, stages, named, shapes, optimizer, sync, zero, (pp_schedule, chunks), cp_method, autocast, own_loss)
+    return Run(mesh, stages, named, shapes, optimizer, sync, zero, (pp_schedule, chunks), cp_method, autocast, own_loss,
+               weigh)
 
 
 def mesh_of(flags: Flags):
@@ -121,8 +127,10 @@ def mesh_of(flags: Flags):
     return Mesh(flags.dp or None, flags.pp, flags.cp, flags.tp, flags.ep)
 
 
-def check(args: Flags, world: int) -> None:
-    """ValueError unless a stage's flags, those of all stages among them, make a layout of so many processes."""
+def check(args: Flags, world: int, without: tuple[str, ...] = ()) -> None:
+    """ValueError unless a stage's flags, those of all stages among them, make a layout of so many processes.
+
+    without: those of them that the stage does not take."""
     from parallel.mesh import degrees
     from parallel.schedules import plan
     try:
@@ -132,16 +140,23 @@ def check(args: Flags, world: int) -> None:
         raise ValueError(f"{error}{more}") from None
     dp, G, b = sizes["edp"] * sizes["ep"], args.global_batch_size, args.micro_batch_size
     whole = args.optimizer not in ("adamw", "lion")  # looks at whole matrices
+    adapters = getattr(args, "lora_r", 0)
     for name, wrong, rule in (
+            *((flag, getattr(args, flag) != getattr(Flags, flag), "this stage does not take it") for flag in without),
             ("engine", args.engine != "scratch", "not available yet; scratch is"),
             ("zero", not 0 <= args.zero <= 3, "choose 0, 1, 2 or 3"),
+            *((axis, adapters and getattr(args, axis) > 1, "cuts or moves layers that --lora_r has wrapped: take "
+               "--dp, --cp or --zero") for axis in ("tp", "pp", "ep")),
+            ("zero", adapters and args.load_in and args.zero == 3, "cuts weights, and those of --load_in are packed: "
+             "take 1 or 2"),
             ("zero", whole and args.zero == 3, f"cuts matrices, and {args.optimizer} needs them whole: take 1 or 2"),
             ("tp", whole and args.tp > 1, f"cuts matrices, and {args.optimizer} needs them whole: take adamw or lion"),
             ("offload", args.offload and not args.zero, "moves ZeRO's part of the state, so it needs --zero 1, 2 or 3"),
             ("global_batch_size", G % dp, f"no multiple of the {dp} data-parallel ranks"),
             ("seq_len", args.cp > 1 and args.seq_len % (2 * args.cp), f"no multiple of 2 x --cp, {2 * args.cp}"),
             ("seq_len", args.sequence_parallel and args.seq_len // args.cp % args.tp, f"no multiple of --tp {args.tp}"),
-            ("compile", args.compile and (world > 1 or args.zero), "is for one process without ZeRO"),
+            ("compile", (world > 1 or args.zero) and getattr(args, "compile", False), "is for one process without "
+             "ZeRO"),
             ("pp_chunks", args.pp_chunks < 2 and args.pp_schedule == "interleaved", "interleaving takes 2 or more")):
         if wrong:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
@@ -152,25 +167,31 @@ def check(args: Flags, world: int) -> None:
 class Run:
     """A model in parts, and the steps of training it; each method is called by all ranks."""
 
-    def __init__(self, mesh, stages, named, shapes, optimizer, sync, zero, schedule, cp_method, autocast, own_loss):
+    def __init__(self, mesh, stages, named, shapes, optimizer, sync, zero, schedule, cp_method, autocast, own_loss,
+                 weigh):
         self.mesh, self.stages, self.named, self.shapes = mesh, stages, named, shapes
         self.optimizer, self.sync, self.zero = optimizer, sync, zero
-        self.schedule, self.cp_method, self.own_loss, self.loss_scale = schedule, cp_method, own_loss, 1.0
+        self.schedule, self.cp_method, self.loss_scale = schedule, cp_method, 1.0
+        self.own_loss, self.weigh = own_loss, weigh
         self.config = next(iter(stages.values())).config
         self.autocast = autocast if zero != 3 else None  # ZeRO-3 gathers weights in that dtype already
 
     def count(self, labels) -> int:
         """Counted tokens of the global batch, from the labels (B, S) of this data-parallel rank's microbatches."""
-        from parallel.grads import total
-        mine = sum(int((y != -100).sum()) for y in labels)
-        return int(total(mine, self.mesh.group("dp"), device=self._device()))
+        return int(self.total(sum(int((y != -100).sum()) for y in labels)))
 
-    def backward(self, micro_batches, counted: int, loss_scale: float = 1.0):
+    def total(self, mine):
+        """The sum of a number, or a tensor of numbers, over the data-parallel ranks, float64, the same on all ranks."""
+        from parallel.grads import total
+        return total(mine, self.mesh.group("dp"), device=self._device())
+
+    def backward(self, micro_batches, counted: float, loss_scale: float = 1.0):
         """Forward and backward of [(input_ids (B, S), labels (B, S), cu_seqlens or None)], the same on all ranks that
         have the same place along dp -> loss of the global batch, float64 0-d, the same on all ranks.
 
-        loss_scale keeps float16's gradients above its smallest number; they are divided by it afterwards."""
-        from parallel.grads import finalize, total
+        counted: what the labels of the global batch count together. loss_scale keeps float16's gradients above its
+        smallest number; they are divided by it afterwards."""
+        from parallel.grads import total
         inputs, self.loss_scale = self._inputs(micro_batches), loss_scale
         if self.mesh.size("pp") > 1:
             with self.sync.microbatch(last=True):
@@ -183,6 +204,17 @@ class Run:
                     loss += part.detach().double()
                     own = self._own_loss(self.stages[0])
                     (part if own is None else part + own).backward()
+        self.finish(loss_scale)
+        return total(loss, self.mesh.group("dp", "cp"), device=self._device()) / loss_scale
+
+    def microbatch(self, last: bool):
+        """Around forward and backward of one of this rank's micro batches, in a stage whose loss is not one of tokens;
+        all ranks have as many. After the last one, `finish`."""
+        return self.sync.microbatch(last)
+
+    def finish(self, loss_scale: float = 1.0) -> None:
+        """Make the gradients, which are summed over the data axes, those of the whole batch and model."""
+        from parallel.grads import finalize
         if self.zero == 3:
             finalize(self.sync.parameters(), self.mesh)  # pieces lie alike on all ranks of tp
         elif self.zero == 0:
@@ -191,7 +223,18 @@ class Run:
             for p in self.parameters():
                 if p.grad is not None:
                     p.grad.mul_(1 / loss_scale)
-        return total(loss, self.mesh.group("dp", "cp"), device=self._device()) / loss_scale
+
+    def sequence_logprobs(self, input_ids, labels):
+        """A forward, and logprobs.sequence_logprobs of its logits, whole or in slices: rows (B, S) -> log p of each
+        row's labels, summed (B,), and how many they are (B,). Rows and results are the same on all ranks of tp."""
+        from torch.nn.functional import pad
+        from logprobs import sequence_logprobs
+        more = -input_ids.shape[1] % self.mesh.size("tp")  # sequence parallelism divides the positions
+        input_ids, labels = pad(input_ids, (0, more)).to(self._device()), pad(labels, (0, more), value=-100)
+        logits, labels = self._forward(self.stages[0], dict(input_ids=input_ids)), labels.to(self._device())
+        if self.mesh.size("tp") == 1:
+            return sequence_logprobs(logits, labels)
+        return -self._nats(logits, labels).sum(-1), (labels != -100).sum(-1)
 
     def evaluate(self, batches) -> dict:
         """{"nats": float, "tokens": int} over all counted tokens of [(input_ids, labels, cu_seqlens)], which are the
@@ -262,14 +305,18 @@ class Run:
                 found[name] = tensor
         return {name: found[name] for name in self.shapes}
 
-    def whole_model(self):
-        """The model as one process would have it, on every rank, on the CPU: to sample from and to write."""
+    def whole_model(self, model=None):
+        """The model as one process would have it, on every rank, on the CPU: to sample from and to write. model: one
+        built as the first was, to take the weights where a plain CausalLM has not their names: with adapters."""
         import torch
-        config, state = self.config, self.state()
+        state = {name: tensor.cpu() for name, tensor in self.state().items()}
+        if model is not None:
+            model.load_state_dict(state, strict=False)  # in place: what is tied stays so
+            return model.eval()
         with torch.device("meta"):
-            model = type(next(iter(self.stages.values())))(config)
-        model.load_state_dict({name: tensor.cpu() for name, tensor in state.items()}, strict=False, assign=True)
-        if config.tie_word_embeddings:
+            model = type(next(iter(self.stages.values())))(self.config)
+        model.load_state_dict(state, strict=False, assign=True)
+        if self.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.eval()
 
@@ -304,16 +351,19 @@ class Run:
         batches = ([x if x is None else x.to(device) for x in batch] for batch in micro_batches)
         return [split_batch(ids, labels, group, method, cu_seqlens) for ids, labels, cu_seqlens in batches]
 
-    def _loss(self, logits, labels, counted: int):
+    def _loss(self, logits, labels, counted: float):
+        labels, weights = self.weigh(labels) if self.weigh else (labels, 1)
+        return (self._nats(logits, labels) * weights).sum() / (counted or 1) * self.loss_scale
+
+    def _nats(self, logits, labels):
         from parallel.tensor import vocab_parallel_cross_entropy
-        nats = vocab_parallel_cross_entropy(logits, labels, self.mesh.group("tp"), self.config.vocab_size).sum()
-        return nats / max(counted, 1) * self.loss_scale
+        return vocab_parallel_cross_entropy(logits, labels, self.mesh.group("tp"), self.config.vocab_size)
 
     def _own_loss(self, stage):
         own = self.own_loss(stage) if self.own_loss else None
         return own if own is None or self.loss_scale == 1.0 else own * self.loss_scale
 
-    def _pipeline(self, name: str, inputs: list, counted: int):
+    def _pipeline(self, name: str, inputs: list, counted: float):
         import torch
         from parallel.pipeline import execute
         from parallel.schedules import plan

@@ -83,7 +83,8 @@ def joined(minutes: float = 10.0):
                             timeout=datetime.timedelta(minutes=minutes))
     try:
         with answering(store, rank), open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere if rank else sys.stdout):
+            with (contextlib.redirect_stdout(nowhere if rank else sys.stdout),
+                  contextlib.redirect_stderr(nowhere if rank else sys.stderr)):
                 yield World(rank, size, store)
     except (Exception, KeyboardInterrupt) as error:
         line = end_together(store, rank, size, error)

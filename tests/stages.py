@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import checkpoint
@@ -50,6 +51,33 @@ def losses(run, kind="train") -> list[float]:
 def lasting(run) -> list[dict]:
     """All rows without the three fields that depend on the clock and the machine."""
     return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in metrics.read_rows(Path(run) / "metrics.jsonl")]
+
+
+def as_rank(world: int, stage: str, settings: dict) -> None:
+    """A job of processes.py: the stage, in processes that are joined already."""
+    import torch.distributed as dist
+    from parallel.launch import World
+    store = dist.PrefixStore(str(settings["out"]), dist.distributed_c10d._get_default_store())
+    world = World(dist.get_rank(), world, store)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    module = importlib.import_module(stage)
+    module.train(world, module.parse(module.Args, argv=flags(settings)))
+
+
+def assert_close_logs(run, truth, tolerance: float = 1e-9) -> None:
+    """All rows: losses, gradient norms, counted tokens, evaluations."""
+    ours, theirs = lasting(run), lasting(truth)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], abs=tolerance) for key in a), (a, b)
+
+
+def assert_close_weights(run, truth, file: str = "model.safetensors", tolerance: float = 1e-9) -> None:
+    """Those of the last checkpoints."""
+    ours, theirs = (checkpoint.read_safetensors(checkpoint.latest(r) / file) for r in (run, truth))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() < tolerance, name
 
 
 def assert_same_run(a, b) -> None:

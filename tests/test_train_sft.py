@@ -122,7 +122,7 @@ def test_new_tokens_start_as_the_mean_of_the_old(base):
 
 def test_neftune_is_bounded_noise_in_training_only():
     embedding = torch.nn.Embedding(10, 16)
-    embedding.register_forward_hook(train_sft.neftune(5.0))
+    embedding.register_forward_hook(train_sft.neftune(5.0, 8))
     ids = torch.arange(8)[None]
     noise = embedding(ids) - embedding.weight[ids]
     bound = 5.0 / math.sqrt(8 * 16)
@@ -275,6 +275,7 @@ def test_a_long_conversation_is_cut_and_counted(base, tmp_path, capsys):
 
 
 def test_every_flag_is_tried_somewhere_in_this_file():
-    here = Path(__file__).read_text(encoding="utf-8") + Path(__file__).with_name("test_train_adapters.py").read_text(encoding="utf-8")
+    names = (Path(__file__).name, "test_train_adapters.py", "test_train_sft_parallel.py")
+    here = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
     untried = [name for name in Args.__dataclass_fields__ if f"{name}=" not in here and f'"{name}"' not in here]
     assert untried == []

@@ -1,0 +1,206 @@
+"""Supervised fine-tuning on many processes: every axis leaves the log and the weights of one process."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import lora
+import stages
+import train_sft
+from data.tokenizer import BPETokenizer
+from model import CausalLM, ModelConfig
+from processes import run_on
+from stages import run_stage
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"seq_len": 48, "global_batch_size": 8, "micro_batch_size": 1, "max_steps": 3, "warmup_steps": 1,
+            "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 0, "sample_tokens": 3, "device": "cpu",
+            "dtype": "float64", "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Models, tied and with experts; conversations, several of which share a row, and such that each fills one."""
+    folder = tmp_path_factory.mktemp("sft")
+    tokenizer = BPETokenizer.train(["user says hi, assistant adds 1 and 2. " * 30], 279)  # 281 with the template's
+    for name, more in (("base", dict(tie_word_embeddings=True)),
+                       ("experts", dict(num_experts=4, moe_intermediate_size=8, router_aux_loss_coef=0.1))):
+        (folder / name).mkdir()
+        config = ModelConfig(tokenizer.vocab_size, 32, 48, 4, 4, 2, max_position_embeddings=48, **more)
+        checkpoint.save_model(folder / name, CausalLM(config), tokenizer)
+    for name, text in (("short", ""), ("long", " and says it once more, slowly, at length" * 2)):
+        chats = [[{"role": "user", "content": f"{a}+{b}{text}"}, {"role": "assistant", "content": str(a + b)}]
+                 for a in range(8) for b in range(8)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return folder
+
+
+def settings_of(folder: Path, out: str, model: str = "base", data: str = "short", **changes) -> dict:
+    return SETTINGS | {"model": folder / model, "data": folder / f"{data}.jsonl", "out": str(folder / out)} | changes
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """One process's run with some flags, made once for all tests: alone(**flags)."""
+    made = {}
+
+    def run(**changes) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            made[key] = run_stage(train_sft.main, settings_of(folder, f"alone{len(made)}", **changes))
+        return made[key]
+
+    return run
+
+
+def on(world: int, settings: dict) -> Path:
+    run_on(world, stages.as_rank, "train_sft", settings, timeout=120)
+    return Path(settings["out"])
+
+
+def assert_same(run, truth, weights: str = "model.safetensors", tolerance: float = 1e-9) -> None:
+    stages.assert_close_logs(run, truth, tolerance)
+    stages.assert_close_weights(run, truth, weights, tolerance)
+
+
+LAYOUTS = [  # processes, flags for the layout, flags of the run
+    (4, dict(tp=2, pp=2), dict(neftune_alpha=5.0, prompt_loss_weight=0.3)),  # no rank has data of its own: same noise
+    (2, dict(tp=2, sequence_parallel=True), dict(neftune_alpha=5.0, prompt_loss_weight=0.3)),
+    (2, dict(), dict(prompt_loss_weight=0.3)),
+    (4, dict(tp=2, zero=2), dict(data="long")),
+    (4, dict(cp=2, zero=1), dict(prompt_loss_weight=0.3)),
+    (4, dict(zero=3, offload=True), dict(prompt_loss_weight=0.3)),
+    (2, dict(ep=2, zero=1), dict(model="experts")),
+]
+
+
+@pytest.mark.parametrize("world, layout, flags", LAYOUTS, ids=str)
+def test_every_axis_leaves_the_log_and_the_weights_of_one_process(folder, alone, world, layout, flags):
+    truth = alone(**flags)
+    assert_same(on(world, settings_of(folder, f"run{LAYOUTS.index((world, layout, flags))}", **flags, **layout)), truth)
+
+
+def test_the_rows_that_are_tried_are_packed_and_unpacked(folder, alone):
+    for name, packed in (("short", True), ("long", False)):
+        run = alone(prompt_loss_weight=0.3) if packed else alone(data="long")
+        index = json.loads((run / "data" / "index.json").read_text())["splits"]["train"]
+        assert (index["tokens"] // 48 < index["conversations"] / 2) is packed
+
+
+def test_noise_differs_along_dp_and_is_the_same_again_after_a_resume(folder, alone):
+    settings = dict(neftune_alpha=5.0, eval_every=0, schedule="constant")
+    whole = on(2, settings_of(folder, "noisy", **settings))
+    on(2, settings_of(folder, "noisy again", **settings, max_steps=2))
+    again = on(2, settings_of(folder, "noisy again", **settings, resume="auto"))
+    stages.assert_close_logs(again, whole)
+    assert stages.losses(again) == stages.losses(whole)
+    weights = [(checkpoint.latest(run) / "model.safetensors").read_bytes() for run in (whole, again)]
+    assert weights[0] == weights[1]
+    one = stages.losses(alone(neftune_alpha=5.0, prompt_loss_weight=0.0))
+    assert 1e-6 < max(abs(a - b) for a, b in zip(stages.losses(whole), one)) < 0.05  # other draws of the same noise
+
+
+def test_noise_has_the_bound_of_the_whole_row_where_a_rank_has_a_part():
+    """NEFTune's bound falls with the length; with the length of the part it would be sqrt(shares) too loud."""
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    part = torch.zeros(2, 4, 16)  # of 8 positions, of which 32 are the row under cp 4
+    noises = []
+    for rank in range(2):
+        torch.manual_seed(0)
+        module = torch.nn.Module().train()
+        noises.append(train_sft.neftune(5.0, 32, rank)(module, (ids,), part))
+    torch.manual_seed(0)
+    together = train_sft.neftune(5.0, 32)(module, (ids,), torch.zeros(2, 8, 16))
+    assert torch.equal(torch.cat(noises, 1), together)
+    bound = 5.0 / math.sqrt(32 * 16)
+    assert 0.9 * bound < together.abs().max().item() <= bound
+
+
+def test_resumed_at_other_layouts_as_if_undisturbed(folder):
+    settings = dict(max_steps=4, save_every=1, eval_every=0, schedule="constant", warmup_steps=0, prompt_loss_weight=0.3)
+    truth = run_stage(train_sft.main, settings_of(folder, "undisturbed", **settings))
+    for world, steps, layout in ((4, 1, dict(tp=2, pp=2)), (2, 2, dict(zero=3)), (1, 3, {}), (2, 4, dict(pp=2, zero=1))):
+        now = settings_of(folder, "moved", **settings | layout | dict(max_steps=steps, resume="auto"))
+        on(world, now) if world > 1 else run_stage(train_sft.main, now)
+    assert_same(folder / "moved", truth)
+
+
+# ---- adapters
+
+LORA = dict(lora_r=4, lr=1e-2, eval_every=0, schedule="constant", warmup_steps=0)
+
+
+@pytest.mark.parametrize("world, flags", [(2, dict(load_in="nf4", zero=1)), (4, dict(zero=3)), (4, dict(cp=2))], ids=str)
+def test_adapters_alone_are_trained_and_saved_as_by_one_process(folder, alone, world, flags):
+    """The template's new tokens are trained whole, in tied copies."""
+    truth = alone(**LORA | {name: flag for name, flag in flags.items() if name == "load_in"})
+    run = on(world, settings_of(folder, f"adapters{world}{len(flags)}{flags.get('cp', '')}", **LORA, **flags))
+    assert_same(run, truth, "adapter_model.safetensors", 1e-6 if "load_in" in flags else 1e-9)  # there they are float32
+    configs = [(checkpoint.latest(r) / "adapter_config.json").read_text() for r in (run, truth)]
+    assert configs[0] == configs[1]
+    index = json.loads((run / "step_00000002" / "index.json").read_text())
+    assert all("lora_" in name or "modules_to_save" in name for name in index["model"])  # not the frozen base
+    assert len(index["optimizer"]) == 2 * len(index["model"])  # AdamW's, of these alone
+
+
+def test_adapters_are_resumed_at_other_layouts_as_if_undisturbed(folder):
+    settings = LORA | dict(max_steps=4, save_every=1)
+    truth = run_stage(train_sft.main, settings_of(folder, "adapters undisturbed", **settings))
+    for world, steps, layout in ((1, 1, {}), (2, 2, dict(zero=1)), (4, 3, dict(zero=3)), (1, 4, {})):
+        now = settings_of(folder, "adapters moved", **settings | layout | dict(max_steps=steps, resume="auto"))
+        on(world, now) if world > 1 else run_stage(train_sft.main, now)
+    assert_same(folder / "adapters moved", truth, "adapter_model.safetensors")
+
+
+def test_a_checkpoint_of_adapters_opens_as_the_merged_model_or_says_what_it_is(folder):
+    from convert import load_pretrained
+    run = on(2, settings_of(folder, "opened", **LORA))
+    assert not lora.adapted(load_pretrained(run))
+    with pytest.raises(ValueError, match="shards of adapters alone, for --resume"):
+        load_pretrained(run / "step_00000002")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("flags, line", [
+    (dict(tp=2), "pp 1 x cp 1 x tp 2 do not make 1 processes"),
+    (dict(lora_r=4, zero=3, load_in="nf4"), "--zero 3: cuts weights, and those of --load_in are packed: take 1 or 2"),
+    (dict(offload=True), "--offload True: moves ZeRO's part of the state"),
+    (dict(engine="torch"), "--engine torch: this stage does not take it"), (dict(zero=4), "--zero 4: choose 0, 1, 2 or 3"),
+    (dict(dp=2), "dp 2 x pp 1 x cp 1 x tp 1 do not make 1 processes"),
+], ids=str)
+def test_what_one_process_cannot_do_is_one_line(folder, flags, line):
+    with pytest.raises(ValueError) as error:
+        run_stage(train_sft.main, settings_of(folder, "refused", **flags))
+    assert line in str(error.value) and "\n" not in str(error.value) and not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize("flags, line", [
+    (dict(lora_r=4, tp=2), "--tp 2: cuts or moves layers that --lora_r has wrapped: take --dp, --cp or --zero"),
+    (dict(lora_r=4, pp=2, pp_schedule="interleaved", pp_chunks=2), "--pp 2: cuts or moves layers"),
+    (dict(lora_r=4, ep=2), "--ep 2: cuts or moves layers"),
+    (dict(global_batch_size=7), "--global_batch_size 7: no multiple of the 2 data-parallel ranks"),
+    (dict(cp=2, cp_method="ring", seq_len=46), "--seq_len 46: no multiple of 2 x --cp, 4"),
+], ids=str)
+def test_what_two_processes_cannot_do_is_one_line(folder, flags, line):
+    args = train_sft.parse(train_sft.Args, argv=stages.flags(settings_of(folder, "refused", **flags)))
+    with pytest.raises(ValueError) as error:
+        train_sft.check(args, processes=2)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_degrees_end_with_one_line_and_code_2(folder):
+    command = [sys.executable, str(ROOT / "train_sft.py"), *stages.flags(settings_of(folder, "refused", tp=2))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "error: pp 1 x cp 1 x tp 2 do not make 1 processes; pp x cp x tp must divide it: 1; torchrun --nproc_per_node N "
+        "starts N"]
+    assert not (folder / "refused").exists()
