@@ -39,6 +39,28 @@ def padded(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor
     return input_ids, labels
 
 
+def by_length(order, items: list, size: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+    """The numbers of items in `order`, those of the smallest .length first, in micro batches of `size`: hardly anything
+    is padding then. Of several ranks each takes every ranks-th, and so has as much work."""
+    order = sorted(order, key=lambda k: items[k].length)[rank::ranks]
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+@torch.no_grad()
+def score_all(score, items: list, size: int, run=None) -> Tensor:
+    """score(some items) -> (B, ...), for all of them, `size` of like .length at a time -> (N, ...), on every rank.
+
+    run: of parallel.parallelize; its data-parallel ranks share the work."""
+    batches, found = by_length(range(len(items)), items, size), None
+    rank, ranks = (run.mesh.rank("dp"), run.mesh.size("dp")) if run else (0, 1)
+    for k in range(rank, -(-len(batches) // ranks) * ranks, ranks):
+        scores = score([items[i] for i in batches[k % len(batches)]])  # some at last in vain: ZeRO-3 gathers in step
+        found = scores.new_zeros(len(items), *scores.shape[1:]) if found is None else found
+        if k < len(batches):
+            found[batches[k]] = scores
+    return run.total(found).to(found) if run else found
+
+
 def _in_blocks(function, logits: Tensor, *rest: Tensor) -> Tensor:
     """function((rows, V) logits, (rows,) each of the rest) -> (rows,), block by block; logits (..., V) -> (...).
 

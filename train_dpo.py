@@ -6,17 +6,20 @@
     python train_dpo.py --model out/sft --data pairs.jsonl
     python train_dpo.py --model out/sft --data pairs.jsonl --loss_type ipo --reference online
     python train_dpo.py --model out/sft --data pairs.jsonl --lr 2e-4 --lora_r 16 --load_in nf4  # QLoRA
+    torchrun --nproc_per_node 4 train_dpo.py --model hf_folder --data pairs.jsonl --tp 2 --zero 1
 
 The reference is --model itself (or --ref_model), scored once before training; with --lora_r the model with its adapters
 off. No dropout, so the first step's loss is exactly ln 2. All randomness depends on (seed, step), so resuming is exact.
 """
 
-import hashlib
+import contextlib
 import math
+import os
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +27,26 @@ from torch import Tensor
 
 import checkpoint
 import metrics
+import parallel
+import shards
 from cli import parse, run
-from data.chat import OWN, TEMPLATES, prepare_tokenizer, read_preferences, render, template_of, truncate
+from data.chat import OWN, TEMPLATES, prepare_tokenizer, template_of
 from data.loader import shuffled
+from data.prepare import Pair, read_pairs
 from data.tokenizer import load_tokenizer
 from flags import check_ranges
-from logprobs import log1mexp, padded, sequence_logprobs
+from logprobs import by_length, log1mexp, padded, score_all, sequence_logprobs
 from lora import LoRAConfig, disable_adapters, parameter_report
 from model import CausalLM
 from optim import build_optimizer, clip_grad_norm, learning_rate
+from parallel.launch import joined
 
 BY_LENGTH = ("ipo", "sigmoid_norm", "simpo", "orpo")  # losses of the mean log-probability of a token
 NO_REFERENCE = ("simpo", "orpo")
 
 
-@dataclass
-class Args:
+@dataclass(kw_only=True)
+class Args(parallel.Flags):  # those for many processes come first
     # data and run
     model: str  # the folder of the model to train: a run's, a checkpoint's or Hugging Face's
     data: list[str]  # preference pairs: prompt, chosen, rejected in any form that data/chat.py reads
@@ -147,55 +154,16 @@ def kto_loss(policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Ten
     return torch.where(desirable, desirable_weight * gain.neg().sigmoid(), undesirable_weight * gain.sigmoid())
 
 
-class Pair(NamedTuple):
-    chosen: tuple[list[int], list[int]]  # ids of prompt and answer, mask of the answer
-    rejected: tuple[list[int], list[int]]
-    num_bytes: int  # of the chosen answer's text
-
-
-def read_pairs(args: Args, tokenizer, split: str) -> list[Pair]:
-    """The pairs of a split, rendered; ties and pairs without an answer inside --seq_len are left out and counted."""
-    pairs, ties, lost = [], 0, 0
-    for row in read_preferences(args.val_data if split == "val" and args.val_data else args.data):
-        digest = hashlib.sha256(repr(row.prompt).encode()).digest()  # all answers to a prompt fall on one side
-        held_out = int.from_bytes(digest, "big") < args.val_fraction * 2**256
-        if not args.val_data and held_out != (split == "val"):
-            continue
-        sides = [render(row.prompt + side, tokenizer, args.template, train_from=len(row.prompt))
-                 for side in (row.chosen, row.rejected)]
-        sides = [truncate(ids, mask, args.seq_len) for ids, mask in sides]
-        ties, lost = ties + row.is_tie, lost + (None in sides)
-        if not row.is_tie and None not in sides:
-            pairs.append(Pair(*sides, len("".join(message["content"] for message in row.chosen).encode())))
-    print(f"data: {split:5} {len(pairs):,} pairs; left out: {ties} of two equal answers, {lost} too long for --seq_len")
-    if not pairs:
-        raise ValueError(f"the {split} split holds no pair: give more --data, another --val_fraction, or --val_data")
-    return pairs
-
-
-def score(model: CausalLM, pairs: list[Pair], device, autocast) -> tuple[Tensor, Tensor]:
-    """Summed log-probabilities and lengths of the answers: (B, 2) each, chosen first."""
+def score(model: CausalLM, pairs: list[Pair], device, autocast, run=None) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities and lengths of the answers: (B, 2) each, chosen first. run: what has cut the model."""
     input_ids, labels = padded([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
-    with autocast:
-        logits = model(input_ids.to(device))
-    sums, lengths = sequence_logprobs(logits, labels.to(device))
+    if run:
+        sums, lengths = run.sequence_logprobs(input_ids, labels)
+    else:
+        with autocast:
+            logits = model(input_ids.to(device))
+        sums, lengths = sequence_logprobs(logits, labels.to(device))
     return sums.view(2, -1).T, lengths.view(2, -1).T
-
-
-def by_length(order: list[int], pairs: list[Pair], size: int) -> list[list[int]]:
-    """The numbers in `order`, the shortest pairs first, in micro batches of `size`: hardly anything is padding then."""
-    order = sorted(order, key=lambda k: max(len(pairs[k].chosen[0]), len(pairs[k].rejected[0])))
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-@torch.no_grad()
-def score_all(model: CausalLM, pairs: list[Pair], size: int, device, autocast) -> Tensor:
-    """score's sums for all pairs, `size` at a time, without the model's adapters: (N, 2)."""
-    sums = torch.empty(len(pairs), 2, dtype=next(model.parameters()).dtype, device=device)
-    with disable_adapters(model):
-        for some in by_length(range(len(pairs)), pairs, size):
-            sums[some] = score(model, [pairs[k] for k in some], device, autocast)[0].to(sums.dtype)
-    return sums
 
 
 def losses_of(args: Args, sums: Tensor, lengths: Tensor, reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -210,7 +178,7 @@ def losses_of(args: Args, sums: Tensor, lengths: Tensor, reference: Tensor) -> t
                     "preference_accuracy": (per_token[:, 0] > per_token[:, 1]).double()}
 
 
-def check(args: Args) -> None:
+def check(args: Args, processes: int) -> None:
     """Refuse what cannot work before any data is read. Raises ValueError with one line."""
     def expect(true: bool, name: str, rule: str) -> None:
         if not true:
@@ -223,6 +191,7 @@ def check(args: Args) -> None:
     expect(smoothed, "label_smoothing", f"has no meaning for --loss_type {args.loss_type}")
     expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     expect(args.lora_r or not args.load_in, "load_in", "rounded weights stay as they are: add adapters, by --lora_r 16")
+    parallel.check(args, processes, without=("pp", "cp", "ep", "engine"))
     for folder in filter(None, (args.model, args.ref_model)):
         checkpoint.find_checkpoint(folder)
 
@@ -237,10 +206,11 @@ def load(args: Args, folder: str, tokenizer, adapter: LoRAConfig | None = None) 
     return model.eval()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(Args, __doc__, argv)
-    check(args)
-    out, device, log = Path(args.out), metrics.detect_device(args.device), Path(args.out, "metrics.jsonl")
+def train(world, args: Args) -> None:
+    check(args, world.size)
+    out, device, first = Path(args.out), world.own(metrics.detect_device(args.device)), world.rank == 0
+    mesh = parallel.mesh_of(args)
+    log = out / "metrics.jsonl" if first else Path(os.devnull)
     tokenizer = load_tokenizer(args.tokenizer or checkpoint.find_checkpoint(args.model))
     args.template = args.template or template_of(tokenizer) or "chatml"
     state = metrics.new_state(float16=args.dtype == "float16")
@@ -254,24 +224,43 @@ def main(argv: list[str] | None = None) -> None:
     # Data, model, reference, optimizer.
     if added := prepare_tokenizer(tokenizer, args.template):
         print(f"the tokenizer lacked {' '.join(added)}, which the template needs: added")
-    pairs, held_out = read_pairs(args, tokenizer, "train"), read_pairs(args, tokenizer, "val")
+    read = partial(read_pairs, tokenizer, data=args.data, val_data=args.val_data, val_fraction=args.val_fraction,
+                   template=args.template, seq_len=args.seq_len)
+    pairs, held_out = read("train"), read("val")
     half = getattr(torch, args.dtype) if "16" in args.dtype else None
     autocast = torch.autocast(device.type, half, enabled=half is not None)
     adapter = LoRAConfig(args.lora_r, args.lora_alpha, target_modules=args.lora_targets) if args.lora_r else None
-    model = load(args, args.model, tokenizer, adapter).to(device)
-    frozen = model if adapter and not args.ref_model else load(args, args.ref_model or args.model, tokenizer).to(device)
-    val_reference = score_all(frozen, held_out, args.micro_batch_size, device, autocast)
-    if args.reference == "precomputed":
-        reference, frozen = score_all(frozen, pairs, args.micro_batch_size, device, autocast), None
-    optimizer = build_optimizer(args.optimizer, model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    model, run, frozen_run = load(args, args.model, tokenizer, adapter), None, None
+    own = adapter and not args.ref_model  # the model without its adapters is the reference
+    frozen = model if own else load(args, args.ref_model or args.model, tokenizer).requires_grad_(False)
     print(f"{parameter_report(model)['trainable']:,} trained parameters, loss {args.loss_type}, reference "
           f"{args.reference}, {device}, {args.dtype}, attention {args.attention}, kernels {args.kernels}")
+    optimizer_of = partial(build_optimizer, args.optimizer, lr=args.lr, weight_decay=args.weight_decay)
+    if world.size > 1 or args.zero:
+        cut = partial(parallel.parallelize, mesh=mesh, **args.options(), autocast=half, device=device)
+        run = cut(model, optimizer_of=optimizer_of)
+        frozen_run = run if own else cut(frozen, optimizer_of=None)
+    else:
+        model.to(device), frozen.to(device)
+    optimizer = run.optimizer if run else optimizer_of(model.named_parameters())
+    whole = None if run else model  # run has it in parts, and puts them together at the end
+    policy = partial(score, model, device=device, autocast=autocast, run=run)
+    score_each = partial(score_all, size=args.micro_batch_size, run=run)
 
     @torch.no_grad()
+    def ask(some: list[Pair]) -> Tensor:  # the reference
+        with disable_adapters(frozen):
+            return score(frozen, some, device, autocast, frozen_run)[0]
+
+    val_reference = score_each(ask, held_out)
+    if args.reference == "precomputed":
+        reference = score_each(ask, pairs)
+        frozen = frozen_run = None  # gives the memory back
+
     def evaluate() -> dict:
-        rows = []
+        rows, found = [], score_each(lambda some: torch.cat(policy(some), 1), held_out)
         for some in by_length(range(len(held_out)), held_out, args.micro_batch_size):
-            sums, lengths = score(model, [held_out[k] for k in some], device, autocast)
+            sums, lengths = found[some].split(2, 1)
             losses, told = losses_of(args, sums, lengths, val_reference[some])
             rows.append({"loss": losses, "nats": -sums[:, 0], **told})
         means = {name: float(torch.cat([row[name] for row in rows]).double().mean()) for name in rows[0]}
@@ -281,20 +270,21 @@ def main(argv: list[str] | None = None) -> None:
 
     def save() -> Path:
         best = [] if state["best_step"] is None else [state["best_step"]]
-        return checkpoint.save_checkpoint(out, state["step"], model=model, optimizer=optimizer, tokenizer=tokenizer,
-                                          state=state, keep_last=args.keep_last, keep=best)
+        return shards.save_checkpoint(out, state["step"], model=whole, optimizer=optimizer, run=run, state=state,
+                                      tokenizer=tokenizer, keep_last=args.keep_last, keep=best)
 
     out.mkdir(parents=True, exist_ok=True)
     if resume_from:
-        state = checkpoint.load_checkpoint(resume_from, model, optimizer)
+        state = shards.load_checkpoint(resume_from, model, optimizer, run)
         print(f"going on from {resume_from}")
     metrics.drop_rows_after(log, state["step"] if resume_from else -1)
-    checkpoint.write_json(out / "args.json", asdict(args))
+    if first:
+        checkpoint.write_json(out / "args.json", asdict(args))
     if args.eval_every and not resume_from:
         metrics.append_row(log, evaluate())
-    caught = checkpoint.catch_signals()
+    caught, G = checkpoint.catch_signals(), args.global_batch_size
     while state["step"] < args.max_steps:
-        if caught:
+        if world.any(caught):
             raise KeyboardInterrupt(f"interrupted; {save()} is saved: the same command with --resume auto goes on")
         start = time.perf_counter()
         lr = learning_rate(state["step"], schedule=args.schedule, lr=args.lr, min_lr=args.min_lr,
@@ -302,25 +292,31 @@ def main(argv: list[str] | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        order = shuffled(state["step"] * args.global_batch_size, args.global_batch_size, len(pairs), args.seed).tolist()
+        order = shuffled(state["step"] * G, G, len(pairs), args.seed).tolist()
         told, tokens = [], 0
-        for numbers in by_length(order, pairs, args.micro_batch_size):
+        batches = by_length(order, pairs, args.micro_batch_size, mesh.rank("dp"), mesh.size("dp"))
+        for numbers in batches:
             some = [pairs[k] for k in numbers]
-            sums, lengths = score(model, some, device, autocast)
-            theirs = reference[numbers] if frozen is None else score_all(frozen, some, len(some), device, autocast)
-            losses, values = losses_of(args, sums, lengths, theirs)
-            (losses.sum() / len(order) * state["loss_scale"]).backward()
+            theirs = reference[numbers] if frozen is None else ask(some)
+            with run.microbatch(last=numbers is batches[-1]) if run else contextlib.nullcontext():
+                sums, lengths = policy(some)
+                losses, values = losses_of(args, sums, lengths, theirs)
+                (losses.sum() / G * state["loss_scale"]).backward()
             told.append({"loss": losses.detach(), **values})
             tokens += int(lengths.sum())
-        if state["loss_scale"] != 1.0:
+        if run:
+            run.finish(state["loss_scale"])
+        elif state["loss_scale"] != 1.0:
             torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / state["loss_scale"])
-        grad_norm = float(clip_grad_norm(model.parameters(), args.grad_clip))
-        means = {name: float(torch.cat([row[name] for row in told]).double().mean()) for name in told[0]}
+        clip = run.clip_grad_norm if run else partial(clip_grad_norm, model.parameters())
+        total = run.total if run else float  # over the data-parallel ranks
+        grad_norm, tokens = float(clip(args.grad_clip)), int(total(tokens))
+        means = {name: float(total(torch.cat([row[name] for row in told]).double().sum())) / G for name in told[0]}
         if metrics.verdict(state, means["loss"], grad_norm, "none", math.inf) == "apply":
-            optimizer.step()
+            (run or optimizer).step()
         else:
             state["skipped"] += 1
-        optimizer.zero_grad()
+        (run or optimizer).zero_grad()
 
         seconds = time.perf_counter() - start
         state |= {"step": state["step"] + 1, "tokens": state["tokens"] + tokens, "seconds": state["seconds"] + seconds}
@@ -337,9 +333,17 @@ def main(argv: list[str] | None = None) -> None:
                   f"without the reference {row['preference_accuracy']:.3f}", flush=True)
             better = metrics.note_evaluation(state, row["loss"], 0)
         if step == args.max_steps or (args.save_every and (better or step % args.save_every == 0)):
-            metrics.write_report(out)
+            if first:
+                metrics.write_report(out)
+            if run and step == args.max_steps:
+                whole = run.whole_model(load(args, args.model, tokenizer, adapter) if adapter else None)
             save()  # after this step's rows: a checkpoint means that they are there
     print(f"done: {checkpoint.latest(out)}; curves in {out / 'report.html'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with joined() as world:
+        train(world, parse(Args, __doc__, argv))
 
 
 if __name__ == "__main__":

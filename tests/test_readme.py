@@ -31,7 +31,7 @@ def test_every_flag_in_a_recipe_is_a_flag():
     for stage in (train_pretrain, train_sft, train_dpo):
         known = {field.name for field in fields(stage.Args)}
         for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
-            for command in re.findall(rf"python {stage.__name__}\.py((?:[^\n]*\\\n)*[^\n]*)", block):
+            for command in re.findall(rf"(?:python|torchrun --nproc_per_node \d+) {stage.__name__}\.py((?:[^\n]*\\\n)*[^\n]*)", block):
                 for flag in re.findall(r"--(\w+)", command):
                     assert flag in known, (stage.__name__, flag)
 

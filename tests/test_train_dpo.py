@@ -136,12 +136,17 @@ def test_precomputed_equals_online(base, pairs, tmp_path):
     assert losses(runs[0])[-1] < losses(runs[0])[0] - 0.1
 
 
+def pairs_of(args, tokenizer, split):
+    return train_dpo.read_pairs(tokenizer, split, data=args.data, val_data=args.val_data, val_fraction=args.val_fraction,
+                                template=args.template, seq_len=args.seq_len)
+
+
 def test_scores_are_those_of_each_answer_alone(base, pairs):
     """Padding on the right changes nothing; only the answer and its end of turn count."""
     tokenizer = load_tokenizer(base)
     train_dpo.prepare_tokenizer(tokenizer, "chatml")
     args = train_dpo.parse(Args, argv=["--model", str(base), "--data", str(pairs), "--dtype", "float64", "--seq_len", "48", "--template", "chatml"])
-    model, some = train_dpo.load(args, str(base), tokenizer), train_dpo.read_pairs(args, tokenizer, "train")[:5]
+    model, some = train_dpo.load(args, str(base), tokenizer), pairs_of(args, tokenizer, "train")[:5]
     sums, lengths = train_dpo.score(model, some, "cpu", contextlib.nullcontext())
     for row, pair in enumerate(some):
         for side, (ids, mask) in enumerate((pair.chosen, pair.rejected)):
@@ -158,7 +163,7 @@ def test_the_nll_of_the_chosen_is_added_at_its_weight(base, pairs, tmp_path):
     train_dpo.prepare_tokenizer(tokenizer, "chatml")
     args = train_dpo.parse(Args, argv=["--model", str(base), "--data", str(pairs), "--val_data", str(pairs),
                                         "--template", "chatml", "--seq_len", "48"])
-    model, held_out = train_dpo.load(args, str(base), tokenizer), train_dpo.read_pairs(args, tokenizer, "val")
+    model, held_out = train_dpo.load(args, str(base), tokenizer), pairs_of(args, tokenizer, "val")
     sums, lengths = train_dpo.score(model, held_out, "cpu", contextlib.nullcontext())
     expected = math.log(2) + 0.5 * (-sums[:, 0] / lengths[:, 0]).mean().item()
     assert len(held_out) == 64 and rows(run, "eval")[0]["loss"] == pytest.approx(expected, abs=1e-5)
@@ -247,5 +252,6 @@ def test_a_longer_window_takes_a_scaling_of_rope_and_still_begins_at_ln_2(base, 
 
 
 def test_every_flag_is_tried_somewhere_in_this_file():
-    here = Path(__file__).read_text(encoding="utf-8") + Path(__file__).with_name("test_train_adapters.py").read_text(encoding="utf-8")
+    names = (Path(__file__).name, "test_train_adapters.py", "test_train_dpo_parallel.py", "test_train_sft_parallel.py")
+    here = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
     assert [name for name in Args.__dataclass_fields__ if f"{name}=" not in here and f'"{name}"' not in here] == []
