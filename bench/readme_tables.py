@@ -40,7 +40,7 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
     "quant": [("model", "model", ""), ("method", "method", ""), ("bits per weight", "bits", ".2f"), ("bytes", "bytes", ",d"),
               ("perplexity", "perplexity", ".4f"), ("against float32", "against_fp32", "")],
     "quant_speed": [("what", "what", ""), ("rows", "rows", "d"), ("method", "method", ""), ("seconds", "seconds", ".1f"),
-                    ("ms", "ms", ".2f"), ("times float32", "over_float32", ".2f")],
+                    ("threads", "threads", "d"), ("seconds of both cores together", "cpu_seconds", ".1f"), ("ms", "ms", ".2f"), ("times float32", "over_float32", ".2f")],
     "qlora": [("model", "what", ""), ("training", "side", ""), ("trained weights", "trained", ",d"),
               ("learning rate", "lr", "g"), ("exact match", "exact_match", ".1%"), ("weights, bytes", "weights", ",d"),
               ("gradients", "gradients", ",d"), ("optimizer", "optimizer", ",d"), ("together", "bytes", ",d"),
