@@ -114,6 +114,15 @@ def test_resumed_at_other_layouts_as_if_undisturbed(folder, lora_r, weights):
     assert_close_weights(folder / f"moved{lora_r}", truth, f"{weights}.safetensors")
 
 
+def test_float16_scales_its_loss_on_every_rank(folder, alone):
+    settings = dict(dtype="float16", max_steps=6, eval_every=0, lr=1e-3)
+    truth, run = alone(**settings), on(2, settings_of(folder, "half", **settings, zero=2))
+    scales = [checkpoint.read_state(checkpoint.latest(r))["loss_scale"] for r in (truth, run)]
+    assert scales[0] == scales[1] and stages.losses(run) == pytest.approx(stages.losses(truth), abs=1e-3)
+    norms = [[row["grad_norm"] for row in stages.rows(r)] for r in (truth, run)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
 def test_each_rank_takes_pairs_of_like_length():
     """Dealt out in the order of their lengths: no rank has all the long ones, and each as many."""
     class Item:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,20 @@ def test_noise_has_the_bound_of_the_whole_row_where_a_rank_has_a_part():
     assert torch.equal(torch.cat(noises, 1), together)
     bound = 5.0 / math.sqrt(32 * 16)
     assert 0.9 * bound < together.abs().max().item() <= bound
+
+
+def test_a_batch_that_counts_less_than_one_token_is_divided_by_what_it_counts(folder):
+    """Prompts alone, two tokens at 0.1: as in one process, the divisor is 0.2, not 1."""
+    import parallel
+    from parallel.mesh import Mesh
+    ids, labels = torch.arange(12).view(2, 6), torch.full((2, 6), -100)
+    labels[0, 1], labels[1, 3] = -101 - 7, -101 - 9
+    model, weight = checkpoint.load_model(folder / "base", dtype=torch.float64), train_sft.weight_of(labels, 0.1)
+    truth = train_sft.batch_loss(model, ids, labels, None, torch.tensor(weight, dtype=torch.float64), 0.1)
+    run = parallel.parallelize(model, Mesh(), lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
+                               weigh=partial(train_sft.weigh, prompt_weight=0.1))
+    loss = run.backward([(ids, labels, None)], float(run.total(weight)))
+    assert weight == pytest.approx(0.2) and loss.item() == pytest.approx(truth.item(), abs=1e-12) and truth > 4
 
 
 def test_resumed_at_other_layouts_as_if_undisturbed(folder):
