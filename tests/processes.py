@@ -48,7 +48,7 @@ class World:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: any free one
         context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
-            context.set_forkserver_preload(["torch", "torch.distributed"])  # imported once, then forked
+            context.set_forkserver_preload(["torch._dynamo", "torch.distributed"])  # once, then forked: an optimizer imports it
         self.connections, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
