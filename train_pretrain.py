@@ -233,7 +233,7 @@ def train(world, args: Args) -> None:
     loss_of = torch.compile(batch_loss) if args.compile else batch_loss
     autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()
     flops, on_cpu = flops_per_token(model.config, args.seq_len), device.type == "cpu"
-    peak = metrics.measured_peak_flops(args.dtype) if on_cpu else metrics.peak_flops(device, args.dtype)
+    peak = metrics.measured_peak_flops(args.dtype) if on_cpu and first else metrics.peak_flops(device, args.dtype)
     print(f"{num_parameters(model.config):,} parameters, {index['splits']['train']['tokens']:,} training tokens, "
           f"{device}, {args.dtype}, attention {args.attention}, kernels {args.kernels}, peak "
           + (f"{peak / 1e12:.3g} TFLOP/s {'measured' if on_cpu else 'published'}" if peak else "unknown"))
