@@ -1,10 +1,10 @@
 """A whole training step with our kernels and with PyTorch's: tokens per second, MFU, peak memory, in one run.
 
     python bench/bench_train_step.py                # on a GPU: Llama 3.2 1B's shape, 32k words, 4096 tokens, bfloat16
-    python bench/bench_train_step.py --steps 3      # on a CPU: a toy, to see that it runs; nothing is recorded
+    python bench/bench_train_step.py --steps 3      # on a CPU: a toy, to see that it runs; --record writes it too
 
-A step is what train_pretrain.py does: forward under autocast, backward, clipping, AdamW; both ways compiled. Before it is
-timed, the losses of the first steps of both ways are compared. MFU counts 6 N + 12 L H D S FLOPs per token
+A step is what train_pretrain.py does: forward under autocast, backward, clipping, AdamW; both ways compiled. Before it
+is timed, the losses of the first steps of both ways are compared. MFU counts 6 N + 12 L H D S FLOPs per token
 (model.flops_per_token), no recomputation, over the dense bfloat16 peak of the GPU's data sheet.
 """
 
@@ -83,6 +83,7 @@ def main() -> None:
                         ("vocab_size", 32768 if cuda else 512), ("steps", 20 if cuda else 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--activation_checkpointing", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--record", action="store_true", help="write the results of a CPU too")
     args = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     rows = []
@@ -99,7 +100,7 @@ def main() -> None:
         sys.exit(f"the losses of the first steps differ by {apart:.1e} of their size: {losses}")
     for row in rows:
         row["times_pytorch"] = rows[0]["ms"] / row["ms"]
-    if cuda:
+    if cuda or args.record:
         write_results("train_step", rows)
 
 

@@ -2,6 +2,7 @@
 
     python bench/readme_tables.py            # rewrites README.md
     python bench/readme_tables.py --check    # exit 1 if README.md is not what would be written
+    python bench/readme_tables.py --show layers     # prints a table that README.md need not have
 
 In README.md a table stands between `<!-- table NAME -->` and `<!-- end -->`. Below it a line tells where the figures
 were measured. A cell is empty where a row lacks the key.
@@ -51,6 +52,26 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
                  ("largest difference per token, nats", "largest_difference_per_token", ".0e")],
     "load": [("way", "way", ""), ("GB", "gigabytes", ".2f"), ("seconds", "seconds", ".2f"),
              ("times reading the files", "times_reading", ".2f"), ("GB of its own memory", "gigabytes_own", ".2f")],
+    "attention": [("mask", "mask", ""), ("length", "seq_len", ",d"), ("heads", "heads", "d"),
+                  ("key heads", "key_value_heads", "d"), ("head_dim", "head_dim", "d"), ("way", "what", ""),
+                  ("pass", "way", ""), ("error", "error", ".0e"), ("ms", "ms", ".3f"), ("10 %", "ms_p10", ".3f"),
+                  ("90 %", "ms_p90", ".3f"), ("floor, ms", "floor_ms", ".3f"), ("TFLOP/s", "tflops", ",.1f"),
+                  ("times ours", "ours_is_faster_by", ".2f")],
+    "cross_entropy": [("way", "what", ""), ("tokens", "tokens", ",d"), ("hidden size", "hidden_size", ",d"),
+                      ("words", "vocab_size", ",d"), ("weight", "weight_dtype", ""), ("error", "error", ".0e"),
+                      ("ms", "ms", ".2f"), ("10 %", "ms_p10", ".2f"), ("90 %", "ms_p90", ".2f"),
+                      ("floor, ms", "floor_ms", ".2f"), ("time / first's", "time_ratio", ".2f"),
+                      ("peak, GB", "peak_gb", ".4f"), ("peak / first's", "memory_ratio", ".3f")],
+    "layers": [("kernel", "kernel", ""), ("shape", "shape", ""), ("pass", "pass", ""), ("way", "way", ""),
+               ("error", "error", ".0e"), ("us", "microseconds", ",.1f"), ("10 %", "p10", ",.1f"), ("90 %", "p90", ",.1f"),
+               ("GB/s", "gb_per_second", ",.1f"), ("share of copy", "share_of_copy", ".2f")],
+    "low_bit": [("kernel", "kernel", ""), ("shape", "shape", ""), ("way", "way", ""), ("error", "error", ".0e"),
+                ("us", "microseconds", ",.1f"), ("10 %", "p10", ",.1f"), ("90 %", "p90", ",.1f"),
+                ("share of floor", "share_of_floor", ".2f")],
+    "train_step": [("way", "way", ""), ("parameters", "parameters", ",d"), ("length", "seq_len", ",d"),
+                   ("batch size", "batch_size", "d"), ("ms", "ms", ",.1f"), ("10 %", "ms_p10", ",.1f"),
+                   ("90 %", "ms_p90", ",.1f"), ("tokens/s", "tokens_per_second", ",.0f"), ("MFU", "mfu", ".1%"),
+                   ("peak, GB", "peak_gb", ".1f"), ("times PyTorch", "times_pytorch", ".2f")],
     "attention_memory": [("way", "what", ""), ("length", "seq_len", ",d"), ("peak, MB", "peak_mb", ",.1f"),
                          ("bytes per token", "bytes_per_token", ",d")],
     "cross_entropy_memory": [("way", "what", ""), ("tokens", "tokens", ",d"), ("hidden size", "hidden_size", ",d"),
@@ -83,6 +104,8 @@ def filled(readme: str) -> str:
 
 
 def main() -> None:
+    if "--show" in sys.argv[1:]:
+        return print(table(sys.argv[-1]))
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
     after = filled(before)

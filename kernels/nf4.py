@@ -65,10 +65,10 @@ class NF4(NamedTuple):
     nested_offset: Tensor | None = None  # () float32: mean(absmax)
     nested_map: Tensor | None = None  # (256,) float32: dynamic_map() on the device
 
-    @property
-    def tensors(self) -> tuple:
-        """packed, absmax, levels, nested_absmax, nested_offset, nested_map: what the operators take."""
-        return (*self[:3], *self[6:])
+
+def operands(q: NF4) -> tuple:
+    """What the operators take of q. (PyTorch 2.8 compiles neither a property nor a slice of a NamedTuple.)"""
+    return q.packed, q.absmax, q.levels, q.nested_absmax, q.nested_offset, q.nested_map
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -256,8 +256,9 @@ def _launch(x: Tensor, q: NF4, config: dict) -> Tensor:
     out = x.new_empty((M, N))
     x = x.view(M, K // 8, 8).transpose(1, 2).contiguous()  # see the kernel
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _linear_kernel[(triton.cdiv(N, config["BLOCK_N"]), 1)](x, q.packed.view(torch.int32), *q.tensors[1:], out, M, N,
-                                                               K // 8, q.block_size // 8, BLOCK_M=BLOCK_M, **config)
+        _linear_kernel[(triton.cdiv(N, config["BLOCK_N"]), 1)](
+            x, q.packed.view(torch.int32), *operands(q)[1:], out, M, N, K // 8, q.block_size // 8, BLOCK_M=BLOCK_M,
+            **config)
     return out
 
 
@@ -269,7 +270,7 @@ def _dequantize(q: NF4, dtype: torch.dtype, runs_kernel: bool) -> Tensor:
     if all_words:
         with torch.cuda.device_of(out):
             _dequantize_kernel[(triton.cdiv(all_words, WORDS),)](
-                q.packed.view(torch.int32), *q.tensors[1:], out, all_words, q.block_size // 8, WORDS)
+                q.packed.view(torch.int32), *operands(q)[1:], out, all_words, q.block_size // 8, WORDS)
     return out
 
 
@@ -396,7 +397,7 @@ def nf4_dequantize(q: NF4, dtype: torch.dtype | None = None) -> Tensor:
     _check_q(q)
     dtype = dtype or q.dtype
     _check(dtype in DTYPES, "dtype", "float16, bfloat16, float32 or float64", dtype)
-    return _nf4_dequantize(*q.tensors, q.shape, q.block_size, dtype)
+    return _nf4_dequantize(*operands(q), q.shape, q.block_size, dtype)
 
 
 def nf4_linear(x: Tensor, q: NF4, bias: Tensor | None = None) -> Tensor:
@@ -414,7 +415,7 @@ def nf4_linear(x: Tensor, q: NF4, bias: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = torch.Size(x.shape[:-1]).numel()
-    y = _nf4_matmul(x.reshape(rows, K), *q.tensors, q.shape, q.block_size, True).view(*x.shape[:-1], N)
+    y = _nf4_matmul(x.reshape(rows, K), *operands(q), q.shape, q.block_size, True).view(*x.shape[:-1], N)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernel_checks import DEVICE, dirty_memory, half_rule, random as weight  # noqa: F401  the fixture is used
 from kernels import nf4
 from kernels.nf4 import (NF4_LEVELS, dynamic_map, nf4_dequantize, nf4_dequantize_reference, nf4_linear,
-                         nf4_linear_reference, nf4_quantize, nf4_quantize_reference)
+                         nf4_linear_reference, nf4_quantize, nf4_quantize_reference, operands)
 
 
 # -------------------------------------------------------------------------------------------------------------- format
@@ -158,8 +158,9 @@ def test_operators_pass_opcheck():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     q = nf4_quantize(weight(6, 64))
     x = weight(2, 64, seed=1).requires_grad_()
-    torch.library.opcheck(torch.ops.glassbox.nf4_matmul, (x, *q.tensors, q.shape, 64, True), test_utils=tests)
-    torch.library.opcheck(torch.ops.glassbox.nf4_dequantize, (*q.tensors, q.shape, 64, torch.float32), test_utils=tests)
+    torch.library.opcheck(torch.ops.glassbox.nf4_matmul, (x, *operands(q), q.shape, 64, True), test_utils=tests)
+    decode = (*operands(q), q.shape, 64, torch.float32)
+    torch.library.opcheck(torch.ops.glassbox.nf4_dequantize, decode, test_utils=tests)
     torch.library.opcheck(torch.ops.glassbox.nf4_quantize, (weight(6, 64), q.levels, 64), test_utils=tests)
 
 
