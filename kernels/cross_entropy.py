@@ -343,7 +343,7 @@ def _(hidden, weight, target, factor, ignore_index, softcap, z_loss, dtype, sum_
 @torch.library.custom_op("glassbox::scale_", mutates_args=("tensor",), schema="(Tensor(a!) tensor, Tensor scale) -> ()")
 def scale_op(tensor, scale):
     """tensor (contiguous) *= scale (one fp32 number), on the device: nobody waits to see whether it is 1."""
-    block = 4096 if tensor.is_cuda else triton.next_power_of_2(max(tensor.numel(), 1))
+    block = 4096 if tensor.is_cuda else min(triton.next_power_of_2(max(tensor.numel(), 1)), 2 ** 20)  # Triton's largest
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         if tensor.numel():
             scale_kernel[(triton.cdiv(tensor.numel(), block),)](tensor, scale, tensor.numel(), BLOCK=block)

@@ -324,6 +324,15 @@ def test_loss_scale_reaches_the_gradients_exactly():
 
 
 @kernels_run
+@pytest.mark.parametrize("size", [0, 7, 2 ** 20 + 5])
+def test_loss_scale_reaches_gradients_of_any_size(size):
+    """The interpreter takes tiles of 2^20 numbers at most, and the gradient of a head is larger."""
+    gradient = torch.ones(size, device=DEVICE)
+    torch.ops.glassbox.scale_(gradient, torch.tensor(3.0, device=DEVICE))
+    assert (gradient == 3).all()
+
+
+@kernels_run
 def test_small_gradients_survive_float16_until_the_loss_scale_comes():
     """Divided by 2^22 tokens before backward, every gradient here would be 0 in float16."""
     hidden, weight, target = problem(5, 8, 40, torch.float16)
