@@ -106,7 +106,8 @@ def parts_of(run=None, model=None) -> list[Part]:
         pieces = [Part(names[id(p.whole)], p, p.whole, p.start) for p in run.sync.parameters()]
         buckets = run.sync.units if run.zero == 3 else run.sync.buckets
         divided = {id(p) for bucket in buckets for p in bucket.parameters}
-    return pieces + [Part(name, p, p, 0) for name, p in named.items() if id(p) not in divided]
+    return pieces + [Part(name, p, getattr(p, "whole", p), getattr(p, "start", 0)) for name, p in named.items()
+                     if id(p) not in divided]
 
 
 def kept(run=None, model=None) -> dict[str, tuple[int, ...]]:

@@ -44,13 +44,13 @@ class Flags:
 
     def options(self) -> dict:
         """What of it `parallelize` takes."""
-        names = ("zero", "offload", "sequence_parallel", "pp_schedule", "pp_chunks", "cp_method")
+        names = ("zero", "offload", "sequence_parallel", "pp_schedule", "pp_chunks", "cp_method", "engine")
         return {name: getattr(self, name) for name in names}
 
 
 def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = False, sequence_parallel: bool = False,
-                cp_method: str = "zigzag", pp_schedule: str = "1f1b", pp_chunks: int = 2, autocast=None, own_loss=None,
-                weigh=None, device=None):
+                cp_method: str = "zigzag", pp_schedule: str = "1f1b", pp_chunks: int = 2, engine: str = "scratch",
+                autocast=None, own_loss=None, weigh=None, device=None):
     """Cut a CausalLM for this rank of the mesh -> Run. ValueError, before anything is cut: what does not go together.
 
     autocast: a dtype for forward, None for the parameters' own. own_loss(stage) -> scalar or None, asked for after a
@@ -65,6 +65,11 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
 
     pp, data = mesh.size("pp"), mesh.group("dp", "cp")
     chunks = pp_chunks if pp_schedule == "interleaved" and pp > 1 else 1
+    if engine == "torch":
+        from parallel import native
+        return native.parallelize(model, mesh, optimizer_of, zero=zero, offload=offload, pp_chunks=chunks,
+                                  sequence_parallel=sequence_parallel, pp_schedule=pp_schedule, autocast=autocast,
+                                  device=device)
     if zero == 3 and pp > 1:
         raise ValueError("--zero 3 would gather every layer for each microbatch of a pipeline: take --zero 1 with --pp")
     if zero == 3 and mesh.size("ep") > 1:
@@ -143,7 +148,7 @@ def check(args: Flags, world: int, without: tuple[str, ...] = ()) -> None:
     adapters = getattr(args, "lora_r", 0)
     for name, wrong, rule in (
             *((flag, getattr(args, flag) != getattr(Flags, flag), "this stage does not take it") for flag in without),
-            ("engine", args.engine != "scratch", "not available yet; scratch is"),
+            ("engine", args.engine == "torch" and world == 1, "is for many processes; torchrun --nproc_per_node N starts N"),
             ("zero", not 0 <= args.zero <= 3, "choose 0, 1, 2 or 3"),
             *((axis, adapters and getattr(args, axis) > 1, "cuts or moves layers that --lora_r has wrapped: take "
                "--dp, --cp or --zero") for axis in ("tp", "pp", "ep")),
@@ -160,6 +165,9 @@ def check(args: Flags, world: int, without: tuple[str, ...] = ()) -> None:
             ("pp_chunks", args.pp_chunks < 2 and args.pp_schedule == "interleaved", "interleaving takes 2 or more")):
         if wrong:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")
+    if args.engine == "torch":
+        from parallel import native
+        native.check(args, dp)
     if args.pp > 1:
         plan(args.pp_schedule, args.pp, -(-G // dp // b), args.pp_chunks if args.pp_schedule == "interleaved" else 1)
 

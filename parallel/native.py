@@ -1,0 +1,420 @@
+"""PyTorch's own engine behind the same flags, `--engine torch`: for scale; the files beside this one are its oracle.
+
+    flag                  becomes
+    --tp                 DTensor: parallelize_module with Colwise and Rowwise, the loss under loss_parallel
+    --sequence_parallel  the residual in Shard(1), and norms on DTensors, as q_norm and k_norm always are
+    --zero 0             FSDP2's fully_shard on a mesh of (dp, 1): one all-reduce (DDP takes no DTensors)
+    --zero 1             fully_shard: weights are gathered once, gradients scattered once a step
+    --zero 2             ... gradients are scattered after each microbatch           (FSDP's SHARD_GRAD_OP)
+    --zero 3             ... weights are freed after forward, reshard_after_forward=True      (FULL_SHARD)
+    --offload            CPUOffloadPolicy
+    --dtype bfloat16     MixedPrecisionPolicy: weights and activations of 16 bits, sums over ranks in float32
+    --pp, --pp_schedule  PipelineStage; ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1F1B of --pp_chunks, or for zb
+                         ScheduleInterleavedZeroBubble of one stage a rank
+    --cp, --ep           refused: torch's context_parallel has no attention for CPUs; experts are not cut here
+
+FSDP2 cuts weights at every stage of ZeRO but 0; the stage decides how long they, and whole gradients, stay. So k
+microbatches send what they should: 2, 2, k + 1 and 3 k times the weights. Sums are not divided by the ranks, as FSDP
+would: our loss is a sum / (count of all ranks). The optimizer, the norm and shards.py see no DTensors but `pieces`:
+the numbers of them that lie on this rank, as plain tensors in the same memory. Checkpoints so are ours, and no pickle.
+
+    run = parallelize(model, mesh, optimizer_of, zero=2)       # as parallel/__init__.py, which calls this; same methods
+"""
+
+import contextlib
+from math import prod
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def check(args, dp: int) -> None:
+    """ValueError with one line: flags of a stage that this engine does not take. dp: the data-parallel ranks."""
+    rows, b = args.global_batch_size // dp, args.micro_batch_size
+    name, m, whole = args.pp_schedule, rows // b, args.optimizer not in ("adamw", "lion")
+    refuse((
+        (args.cp > 1 or args.ep > 1, "has no --cp, which torch cannot do on a CPU, and no --ep"),
+        (whole and args.zero, f"cuts matrices under --zero, and {args.optimizer} needs them whole"),
+        (args.tp > 1 and getattr(args, "attention_dropout", 0), "would drop alike on all ranks of --tp"),
+        (args.tp > 1 and args.kernels != "torch", "gives DTensors to --kernels triton under --tp"),
+        (args.pp > 1 and args.zero > 1, "keeps gradients whole till the last microbatch under --pp: take --zero 1"),
+        (args.pp > 1 and rows % b, f"takes equal microbatches under --pp: {b} does not divide a rank's {rows} rows"),
+        (args.pp > 1 and m < args.pp, f"takes at least --pp {args.pp} microbatches, not {m}"),
+        (args.pp > 1 and m % args.pp and name in ("interleaved", "zb"),
+         f"takes microbatches in multiples of --pp {args.pp} for --pp_schedule {name}, not {m}")))
+
+
+def refuse(reasons) -> None:
+    for wrong, line in reasons:
+        if wrong:
+            raise ValueError(f"--engine torch {line}")
+
+
+def parallelize(model: nn.Module, mesh, optimizer_of, *, zero: int = 0, offload: bool = False,
+                sequence_parallel: bool = False, pp_schedule: str = "1f1b", pp_chunks: int = 2, autocast=None,
+                device=None, **others) -> "Native":
+    """Cut a CausalLM, built alike on all ranks, by PyTorch's means -> Native. ValueError: what it cannot be cut into.
+
+    mesh: mesh.py's. optimizer_of(named pieces) -> optimizer. others: what concerns cp and experts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    c, t, p, dp = model.config, mesh.size("tp"), mesh.size("pp"), mesh.size("dp")
+    stages = p * (pp_chunks if pp_schedule == "interleaved" and p > 1 else 1)
+    refuse((
+        (c.num_experts or mesh.size("cp", "ep") > 1, "has no experts and no --cp"),
+        (c.position_embedding_type != "rope" and t * p > 1, "takes no other positions than RoPE with --tp and --pp"),
+        (c.num_key_value_heads % t, f"gives whole heads to ranks: --tp {t} does not divide {c.num_key_value_heads}"),
+        (stages > c.num_hidden_layers, f"makes {stages} stages of {c.num_hidden_layers} layers under --pp {p}")))
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    device = torch.device(device or "cpu")
+    sizes = (p, *((1, dp) if zero else (dp, 1)), t)  # tp changes fastest, as in mesh.py
+    device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "replicate", "shard", "tp"))
+    if t > 1:
+        tensor_parallel(model, device_mesh["tp"], sequence_parallel)
+    mine = {s: Stage(cut(model, s, stages), s == stages - 1, t if sequence_parallel else 1)
+            for s in range(mesh.rank("pp"), stages, p)}
+    for stage in mine.values():
+        data_parallel(stage, device_mesh, zero, offload, autocast)
+    return Native(mesh, mine, shapes, optimizer_of, zero, (pp_schedule, stages), autocast, device)
+
+
+# ------------------------------------------------------------------------------------------------------- strategies
+
+
+def tensor_parallel(model: nn.Module, mesh, sequence_parallel: bool) -> None:
+    """Weights become DTensors on a mesh of one axis; between the blocks activations stay plain tensors."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+    from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInput, RowwiseParallel,
+                                                   parallelize_module)
+    whole, residual = Replicate(), Shard(1) if sequence_parallel else Replicate()
+
+    def enter(more: int) -> PrepareModuleInput:  # once for all columns: else each of q, k, v sums its own gradient
+        return PrepareModuleInput(input_layouts=(residual, *[None] * more),
+                                  desired_input_layouts=(whole, *[None] * more))
+
+    def on_parts(norm: nn.Module, dim: int) -> None:
+        """The norm of what lies cut along dim: its weight's gradient is then a part, as DTensor knows."""
+        def parts(x):
+            return DTensor.from_local(x, mesh, [Shard(dim)]) if isinstance(x, Tensor) else x
+
+        distribute_module(norm, mesh)
+        norm.register_forward_pre_hook(lambda module, args, kwargs: (
+            tuple(map(parts, args)), {name: parts(x) for name, x in kwargs.items()}), with_kwargs=True)
+        norm.register_forward_hook(lambda module, args, y: (
+            tuple(x.to_local() for x in y) if isinstance(y, tuple) else y.to_local()))
+
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    plan = {"model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=residual),
+            "lm_head": ColwiseParallel(input_layouts=residual, output_layouts=Shard(-1), use_local_output=False)}
+    for block, more, columns, rows in (("self_attn", 4, ("q_proj", "k_proj", "v_proj"), "o_proj"),
+                                       ("mlp", 0, ("gate_proj", "up_proj"), "down_proj")):
+        block = f"model.layers.*.{block}"
+        plan |= {block: enter(more), f"{block}.{rows}": RowwiseParallel(output_layouts=residual)}
+        plan |= {f"{block}.{name}": ColwiseParallel() for name in columns}
+    parallelize_module(model, mesh, plan)
+    if tied:  # each of the two modules has had its own copy cut
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for layer in model.model.layers:
+        for name, norm in layer.named_modules():
+            if name.endswith(("q_norm", "k_norm")):
+                on_parts(norm, dim=2)  # (B, S, heads, head_dim)
+            elif name.endswith("layernorm") and sequence_parallel:
+                on_parts(norm, dim=1)
+    if sequence_parallel:
+        on_parts(model.model.norm, dim=1)
+
+
+def data_parallel(stage: nn.Module, mesh, zero: int, offload: bool, dtype) -> None:
+    """FSDP2 around each layer, and around the stage for what is left; see the table above."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    how = dict(mesh=mesh["shard"] if zero else mesh["replicate", "shard"], reshard_after_forward=zero == 3,
+               mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32),
+               offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy())
+    for layer in stage.model.model.layers:
+        fully_shard(layer, **how)
+    fully_shard(stage, **how)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo's AVG sums, silently (pytorch #162338)
+
+
+class Received(nn.Module):
+    """In the place of the embedding on a later stage: gives out what came from the stage before."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, self.x = self.x, None
+        return x
+
+
+def cut(model: nn.Module, s: int, stages: int) -> nn.Module:
+    """Stage s: a model of the same class and names, with its part of the layers; embedding first, norm and head last.
+
+    Tied weights become two parameters, each with the other's name as `tied`."""
+    if stages == 1:
+        return model
+    n, trunk = len(model.model.layers), model.model
+    with torch.device("meta"):
+        stage = type(model)(model.config).train(model.training)
+    head, tied = model.lm_head, model.lm_head.weight is trunk.embed_tokens.weight
+    stage.model.layers, stage.model.activation_checkpointing = nn.ModuleList(), trunk.activation_checkpointing
+    for i in range(s * n // stages, (s + 1) * n // stages):
+        stage.model.layers.add_module(str(i), trunk.layers[i])  # under its number in the whole model
+    stage.model.embed_tokens = trunk.embed_tokens if s == 0 else Received()
+    stage.model.norm = trunk.norm if s == stages - 1 else nn.Identity()
+    if tied and s == stages - 1:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        head.weight.tied = "model.embed_tokens.weight"
+    elif tied and s == 0:
+        trunk.embed_tokens.weight.tied = "lm_head.weight"
+    stage.lm_head = head if s == stages - 1 else nn.Identity()
+    return stage
+
+
+# --------------------------------------------------------------------------------------------------- a stage, a piece
+
+
+class Stage(nn.Module):
+    """What FSDP wraps and PipelineStage runs: x, tokens or what came from the stage before -> activations for the next,
+    or on the last stage the loss (1,), so that no logits are kept. `feed` has the model's arguments and the labels of
+    each microbatch, in order."""
+
+    def __init__(self, model: nn.Module, last: bool, shards: int):
+        super().__init__()
+        self.model, self.last, self.shards, self.feed, self.scale = model, last, shards, iter(()), 1.0
+        # Of every parameter, before FSDP: its shape, the dimension that tp cuts, its tied copy in another stage.
+        self.records = {name: (tuple(p.shape), next((place.dim for place in getattr(p, "placements", ())
+                                                     if place.is_shard()), None), getattr(p, "tied", None))
+                        for name, p in model.named_parameters()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        arguments, labels = next(self.feed)
+        if isinstance(self.model.model.embed_tokens, Received):
+            self.model.model.embed_tokens.x = x
+        y = self.model(**arguments)
+        if not self.last:
+            return y
+        y = y.to(torch.promote_types(y.dtype, torch.float32))  # (B, S, V); under tp a DTensor, cut along V
+        nats = F.cross_entropy(y.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        return (nats.to_local() if hasattr(nats, "to_local") else nats)[None] * self.scale
+
+    def between(self, ids: Tensor, dtype: torch.dtype, device) -> Tensor:
+        """Memory for the activations of tokens (B, S) that come from the stage before; sequence parallel has 1/tp."""
+        B, S = ids.shape
+        return torch.empty(B, S // self.shards, self.model.config.hidden_size, dtype=dtype, device=device)
+
+
+def piece_of(p: nn.Parameter, record: tuple, mesh, zero: int) -> nn.Parameter:
+    """This rank's numbers of a DTensor, in the same memory, with their placement as grads.py and shards.py know it.
+
+    Both tp and FSDP cut like torch.chunk: all ranks have ceil(n / ranks) of n rows, but the last ones what is left."""
+    shape, dim, tied = record
+    whole, rows, cuts = list(shape), shape[0], []
+    if dim is not None:
+        whole[dim] = -(-shape[dim] // mesh.size("tp"))
+        rows = min(max(rows - mesh.rank("tp") * whole[0], 0), whole[0]) if dim == 0 else rows
+        cuts = [("tp", dim, shape[dim])]
+    own = -(-rows // mesh.size("dp")) if zero else rows
+    piece = nn.Parameter(p.to_local().detach())
+    piece.cuts = ([("dp", 0, rows)] if zero else []) + cuts  # (axis, dimension, length before), the last cut first
+    piece.whole = torch.empty(whole, device="meta", requires_grad=True)  # of which it is a part ...
+    piece.start = min(mesh.rank("dp") * own, rows) * prod(whole[1:])  # ... that starts here, flattened
+    piece.placement = {"shard": {axis: k for axis, k, _ in cuts}, "global_shape": shape}
+    piece.placement |= ({"zero": ("dp",)} if zero else {}) | ({"tied": tied} if tied else {})
+    piece.copies = prod(mesh.size(axis) for axis in ("dp", "tp") if axis not in [a for a, *_ in piece.cuts])
+    piece.copies *= 2 if tied else 1
+    return piece
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+class Native:
+    """As parallel.Run: a model in parts, and the steps of training it; each method is called by all ranks."""
+
+    def __init__(self, mesh, stages: dict, shapes: dict, optimizer_of, zero: int, schedule: tuple, autocast, device):
+        self.mesh, self.stages, self.shapes, self.schedule, self.device = mesh, stages, shapes, schedule, device
+        self.stage_of_zero, self.pipelines, self.last = zero, {}, list(stages.values())[-1]
+        self.config = self.last.model.config
+        self.sharded = {name: p for stage in stages.values() for name, p in stage.model.named_parameters()}
+        records = {name: record for stage in stages.values() for name, record in stage.records.items()}
+        self.named = {name: piece_of(p, records[name], mesh, zero) for name, p in self.sharded.items()}
+        self.zero = 0  # to shards.py: what is in `named` is all there is
+        self.optimizer = optimizer_of(list(self.named.items()))
+        self.step, self.zero_grad = self.optimizer.step, self.optimizer.zero_grad
+        self.dtype = autocast or next(iter(self.named.values())).dtype  # of activations
+
+    def count(self, labels) -> int:
+        """Counted tokens of the global batch, from the labels (B, S) of this data-parallel rank's microbatches."""
+        return int(self._total(sum(int((y != -100).sum()) for y in labels), of="dp"))
+
+    def backward(self, micro_batches, counted: int, loss_scale: float = 1.0) -> Tensor:
+        """Forward and backward of [(input_ids (B, S), labels (B, S), cu_seqlens or None)], the same on all ranks that
+        have the same place along dp -> loss of the global batch, float64 0-d, the same on all ranks."""
+        inputs, losses = self._feed(micro_batches, loss_scale / max(counted, 1)), []
+        with self._loss_parallel():
+            if self.mesh.size("pp") > 1:
+                ids, labels = (torch.cat([batch[k] for batch in micro_batches]).to(self.device) for k in (0, 1))
+                last = {"target": labels, "losses": losses} if self.last.last else {}
+                self._pipeline(inputs).step(*[ids] if self.mesh.rank("pp") == 0 else [], **last)
+            else:
+                for k, (arguments, _) in enumerate(inputs):
+                    last = k + 1 == len(inputs)
+                    self.stages[0].set_requires_gradient_sync(last or self.stage_of_zero > 1)
+                    self.stages[0].set_reshard_after_backward(last or self.stage_of_zero == 3)
+                    losses.append(self.stages[0](arguments["input_ids"]))
+                    losses[-1].backward()
+        for name, p in self.sharded.items():
+            piece = self.named[name]
+            piece.data = p.to_local().detach()  # torch 2.8 moves what it has to pad, in the first forward
+            if p.grad is not None:  # under tp it may still be a part of the sum
+                piece.grad = p.grad.redistribute(placements=p.placements).to_local() / loss_scale
+                p.grad = None
+        self._sum_tied()
+        loss = sum(float(part.detach()) for part in losses) / loss_scale
+        return self._total(loss, of="dp pp")
+
+    def evaluate(self, batches) -> dict:
+        """{"nats": float, "tokens": int} over all counted tokens of [(input_ids, labels, cu_seqlens)], which are the
+        same on all ranks; dropout is off. Each place along dp takes every n-th batch; in what is left over at the end
+        some count nothing, for every rank must run as many forwards."""
+        n, here, nats, tokens, training = self.mesh.size("dp"), self.mesh.rank("dp"), 0.0, 0, self.last.training
+        for stage in self.stages.values():
+            stage.eval()
+        k = -1
+        with torch.no_grad(), self._loss_parallel():
+            for k, batch in enumerate(batches):
+                tokens += int((batch[1] != -100).sum())
+                if k % n == here:
+                    nats += self._forward(batch)
+            if k % n < here and (k + 1) % n:
+                self._forward((batch[0], torch.full_like(batch[1], -100), batch[2]))
+        for stage in self.stages.values():
+            stage.train(training)
+            for module in stage.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()  # or the forward after the next step would still see these weights
+        return {"nats": float(self._total(nats, of="dp pp")), "tokens": tokens}
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """The whole model's gradient norm before clipping, float64 0-d, the same on all ranks."""
+        held = [p for p in self.named.values() if p.grad is not None]
+        grads = [p.grad for p in held]
+        copies = torch.tensor([p.copies for p in held], device=grads[0].device)
+        norm = self._total((torch.stack(torch._foreach_norm(grads)).double().square() / copies).sum()).sqrt()
+        if max_norm > 0:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_max(1.0).to(grads[0].device))
+        return norm
+
+    def state(self) -> dict:
+        """{name: whole parameter} on every rank, as one process has them."""
+        found, p = {name: self._whole(piece) for name, piece in self.named.items()}, self.mesh.size("pp")
+        if p > 1:
+            group, sample = self.mesh.group("pp"), next(iter(found.values()))
+            here = torch.tensor([name in found for name in self.shapes], dtype=torch.int64, device=self.device)
+            first = here * (p - self.mesh.rank("pp"))  # of the stages that have it, the first sends
+            dist.all_reduce(first, dist.ReduceOp.MAX, group=group)
+            for (name, shape), place in zip(self.shapes.items(), first.tolist()):
+                found.setdefault(name, sample.new_empty(shape))
+                dist.broadcast(found[name], group=group, group_src=p - place)
+        return {name: found[name] for name in self.shapes}
+
+    def whole_model(self) -> nn.Module:
+        """The model as one process would have it, on every rank, on the CPU: to sample from and to write."""
+        with torch.device("meta"):
+            model = type(self.last.model)(self.config)
+        model.load_state_dict({name: x.cpu() for name, x in self.state().items()}, strict=False, assign=True)
+        if self.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model.eval()
+
+    def any(self, mine) -> bool:
+        """Whether it is true on some rank."""
+        return bool(self._total(int(bool(mine))))
+
+    def wait(self) -> None:
+        """For all ranks to come to this point."""
+        self.any(False)
+
+    def _total(self, value, of: str = "dp pp tp") -> Tensor:
+        """The sum, float64 0-d, over these axes of the mesh; along the others the first rank's value counts."""
+        value = torch.as_tensor(value, dtype=torch.float64).to(self.device, copy=True)
+        if any(self.mesh.rank(axis) for axis in ("dp", "pp", "tp") if axis not in of):
+            value.zero_()
+        dist.all_reduce(value)
+        return value
+
+    def _loss_parallel(self):
+        from torch.distributed.tensor.parallel import loss_parallel
+        return loss_parallel() if self.mesh.size("tp") > 1 else contextlib.nullcontext()
+
+    def _feed(self, micro_batches, scale: float) -> list:
+        """[(arguments of the model's forward, labels)] on the device; every stage gets them to take from."""
+        batches = ([x if x is None else x.to(self.device) for x in batch] for batch in micro_batches)
+        inputs = [({"input_ids": ids, "cu_seqlens": cu_seqlens}, labels) for ids, labels, cu_seqlens in batches]
+        for stage in self.stages.values():
+            stage.feed, stage.scale = iter(inputs), scale
+        return inputs
+
+    def _pipeline(self, inputs: list):
+        """torch's schedule for so many microbatches, all of the first one's shape; made once for each shape."""
+        from torch.distributed import pipelining
+        (name, number), (_, labels) = self.schedule, inputs[0]
+        key = len(inputs), labels.shape
+        if key not in self.pipelines:
+            schedule = {"gpipe": pipelining.ScheduleGPipe, "1f1b": pipelining.Schedule1F1B,
+                        "interleaved": pipelining.ScheduleInterleaved1F1B,
+                        "zb": pipelining.ScheduleInterleavedZeroBubble}[name]
+            made = []
+            for s, stage in self.stages.items():
+                between = stage.between(labels, self.dtype, "meta").requires_grad_()
+                loss = torch.empty(1, dtype=torch.promote_types(self.dtype, torch.float32), device="meta")
+                made.append(pipelining.PipelineStage(
+                    stage, s, number, self.device, input_args=between if s else labels.to("meta"),
+                    output_args=loss if stage.last else between, group=self.mesh.group("pp")))
+            self.pipelines[key] = schedule(made if name in ("interleaved", "zb") else made[0], len(inputs),
+                                           loss_fn=lambda loss, labels: loss.sum(), scale_grads=False)
+        return self.pipelines[key]
+
+    def _forward(self, batch) -> float:
+        """A batch through all stages, without gradients -> its nats on the last one's ranks, elsewhere 0."""
+        group, p, rank, nats = self.mesh.group("pp"), self.mesh.size("pp"), self.mesh.rank("pp"), 0.0
+        ((arguments, labels),) = self._feed([batch], 1.0)
+        for s, stage in self.stages.items():
+            x = arguments["input_ids"]
+            if s > 0:
+                x = stage.between(x, self.dtype, self.device)
+                dist.recv(x, group=group, group_src=(rank - 1) % p)
+            y = stage(x)
+            if stage.last:
+                nats = float(y)
+            else:
+                dist.send(y.contiguous(), group=group, group_dst=(rank + 1) % p)
+        return nats
+
+    @torch.no_grad()
+    def _sum_tied(self) -> None:
+        """First and last stage exchange the gradients of the embedding that they share, and both hold the sum."""
+        group, peer = self.mesh.group("pp"), self.mesh.size("pp") - 1 - self.mesh.rank("pp")
+        for p in (p for p in self.named.values() if "tied" in p.placement):
+            other = torch.empty_like(p.grad)
+            for handle in dist.batch_isend_irecv([dist.P2POp(dist.isend, p.grad, group=group, group_peer=peer),
+                                                  dist.P2POp(dist.irecv, other, group=group, group_peer=peer)]):
+                handle.wait()
+            p.grad = p.grad + other
+
+    def _whole(self, piece: nn.Parameter) -> Tensor:
+        """A piece with all others of its parameter: joined along dp, then along tp."""
+        x = piece.detach().clone()
+        for axis, dim, length in piece.cuts:
+            size = list(x.shape)
+            size[dim] = -(-length // self.mesh.size(axis))
+            padded = x.new_zeros(size)
+            padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+            parts = [torch.empty_like(padded) for _ in range(self.mesh.size(axis))]
+            if len(parts) > 1:
+                dist.all_gather(parts, padded, group=self.mesh.group(axis))
+                x = torch.cat(parts, dim).narrow(dim, 0, length)
+        return x
