@@ -95,7 +95,7 @@ def _in_child(stage: str, words: list[str]) -> None:
 def kill_at_random_moments(stage: str, settings: dict, folder: Path, kills: int) -> tuple[Path, Path]:
     """The stage undisturbed, and the stage sent SIGKILL at `kills` random moments and started again: (whole, killed)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_pretrain", "train_sft", "train_dpo"])  # the children start with all imported
+    context.set_forkserver_preload(["train_pretrain", "train_sft", "train_dpo", "torch._dynamo"])  # all that children need
 
     def start(out: str):
         process = context.Process(target=_in_child, args=(stage, flags(settings | {"out": folder / out, "resume": "auto"})))
