@@ -23,6 +23,7 @@ from test_checkpoint import Tokenizer
 
 DENSE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
              qk_norm=True, initializer_range=0.3, tie_word_embeddings=True)
+WIDE = DENSE | dict(hidden_size=64, intermediate_size=80, num_hidden_layers=2)  # matrices that have their moments in 8 bits
 MIXED = DENSE | dict(num_experts=4, moe_intermediate_size=8, tie_word_embeddings=False)
 
 
@@ -104,7 +105,8 @@ def contents(folder, shape: dict) -> dict[str, torch.Tensor]:
     saved = saved_tensors(Path(folder), model.config, {name: tuple(p.shape) for name, p in model.named_parameters()})
     for section, entries in saved.items():
         for name, whole in entries.items():
-            found[f"{section} {name}"] = torch.full(whole.shape, float("nan"), dtype=whole.dtype)
+            nothing = float("nan") if whole.dtype.is_floating_point else 99
+            found[f"{section} {name}"] = torch.full(whole.shape, nothing, dtype=whole.dtype)
             whole.read(name, Box((0,) * len(whole.shape), whole.shape), found[f"{section} {name}"])
     return found
 
@@ -155,8 +157,9 @@ def saved(tmp_path_factory) -> Path:
     (8, (dict(tp=2, pp=2), dict(zero=1), "adamw", DENSE), [(4, dict(tp=2), dict(zero=3)), (2, dict(cp=2), dict())]),
     (4, (dict(), dict(zero=3), "lion", DENSE), [(4, dict(tp=2), dict(zero=1)), (2, dict(), dict(zero=2, offload=True))]),
     (4, (dict(), dict(zero=1), "muon", DENSE), [(2, dict(pp=2), dict()), (2, dict(), dict(zero=2))]),
+    (2, (dict(), dict(zero=1), "adamw8bit", WIDE), [(2, dict(pp=2), dict()), (2, dict(), dict(zero=2))]),
     (4, (dict(tp=2, ep=2), dict(zero=1), "adamw", MIXED), [(4, dict(ep=4), dict()), (2, dict(tp=2), dict()), (2, dict(), dict(zero=3))]),
-], ids=["tp2.pp2", "dp2.tp2.pp2 zero 1", "zero 3", "muon zero 1", "tp2.ep2 zero 1"])
+], ids=["tp2.pp2", "dp2.tp2.pp2 zero 1", "zero 3", "muon zero 1", "adamw8bit zero 1", "tp2.ep2 zero 1"])
 def test_saved_in_one_layout_loads_into_others_and_one_process(tmp_path, world, layout, others):
     _, _, optimizer, shape = layout
     truth = set(run_on(world, saving, layout, str(tmp_path / "saved")))
@@ -268,6 +271,25 @@ def test_another_model_another_optimizer_and_damage_are_refused_with_one_line(sa
     file.unlink()
     with pytest.raises(ValueError, match="shard_00002.safetensors is missing"):
         load_checkpoint(folder, model)
+
+
+def opening(world, layout, folder):
+    """What a rank says of another model's checkpoint."""
+    started = Started(layout)
+    try:
+        load_checkpoint(folder, run=started.run)
+    except ValueError as error:
+        return str(error)
+    finally:
+        started.mesh.destroy()
+
+
+def test_another_model_is_refused_by_all_ranks_in_the_same_words(saved):
+    """So rank 0 says it once for all (parallel/launch.py)."""
+    for change, words in (({"intermediate_size": 32}, "mlp.gate_proj.weight is (24, 16), but (32, 16) in the model"),
+                          ({"num_hidden_layers": 2}, "is unknown to this model")):
+        said = run_on(4, opening, (dict(tp=2), dict(zero=1), "adamw", DENSE | change), latest(saved))
+        assert len(set(said)) == 1 and words in said[0] and "\n" not in said[0]
 
 
 def test_a_box_that_no_shard_holds_is_named(saved, tmp_path):
