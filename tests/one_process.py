@@ -1,6 +1,7 @@
 """What the tests of data-parallel strategies compare with: the same three steps of a tiny model on one process, float64."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from model import CausalLM, ModelConfig
 from optim import build_optimizer, clip_grad_norm
@@ -53,6 +54,28 @@ def train_alone(name: str = "adamw", model: CausalLM | None = None, count: int =
         optimizer.zero_grad()
     result["parameters"] = {n: p.detach().clone() for n, p in model.named_parameters()}
     return result
+
+
+def whole_gradients(model, pieces) -> dict:
+    """The gradients as one process has them, put together from the pieces of ZeRO that all ranks hold."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    whole = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in model.named_parameters() if p.requires_grad}
+    for piece in pieces:
+        if piece.grad is not None:
+            whole[names[id(piece.whole)]].view(-1)[piece.start : piece.start + piece.numel()] = piece.grad.flatten()
+    for grad in whole.values():
+        dist.all_reduce(grad)
+    return whole
+
+
+def clip_pieces(pieces) -> float:
+    """clip_grad_norm over the pieces of all ranks -> the norm before."""
+    grads = [piece.grad for piece in pieces if piece.grad is not None]
+    total = sum((grad.square().sum() for grad in grads), torch.zeros((), dtype=torch.float64))
+    dist.all_reduce(total)
+    for grad in grads:
+        grad.mul_((CLIP / (total.sqrt() + 1e-6)).clamp_max(1.0))
+    return total.sqrt().item()
 
 
 def assert_close(found: dict, truth: dict, tolerance: float = 1e-9) -> None:

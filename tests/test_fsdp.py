@@ -3,36 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from one_process import (CLIP, STEPS, assert_close, global_batch, loss_sum, micro_batches, optimizer_of, tiny_model,
-                         train_alone)
+from one_process import (STEPS, assert_close, clip_pieces, global_batch, loss_sum, micro_batches, optimizer_of, tiny_model,
+                         train_alone, whole_gradients)
 from parallel.fsdp import FSDP, units
 from parallel.ledger import Ledger, data_parallel_elements, held, state_bytes
 from processes import run_on
 from torch import nn
-
-
-def clip(pieces) -> float:
-    total = sum((piece.grad.square().sum() for piece in pieces if piece.grad is not None), torch.zeros((), dtype=torch.float64))
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    for piece in pieces:
-        if piece.grad is not None:
-            piece.grad.mul_((CLIP / (total.sqrt() + 1e-6)).clamp_max(1.0))
-    return total.sqrt().item()
-
-
-def whole_gradients(model, fsdp) -> dict:
-    names, whole = {id(p): n for n, p in model.named_parameters()}, {}
-    for piece in fsdp.parameters():
-        if piece.grad is not None:
-            p = piece.whole
-            full = whole.setdefault(names[id(p)], torch.zeros(p.shape, dtype=torch.float64))
-            full.view(-1)[piece.start : piece.start + piece.numel()] = piece.grad
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            whole.setdefault(name, torch.zeros(p.shape, dtype=torch.float64))
-            dist.all_reduce(whole[name])
-    return whole
 
 
 def train(world, name="adamw", count=1, shape=(), checkpointing="none", frozen=False, **options):
@@ -63,9 +39,9 @@ def train(world, name="adamw", count=1, shape=(), checkpointing="none", frozen=F
         at_rest = held(fsdp.live())
         dist.all_reduce(loss)
         result["losses"].append(loss.item())
-        result["grads"].append(whole_gradients(model, fsdp))
+        result["grads"].append(whole_gradients(model, fsdp.parameters()))
         gradients = held(p.grad for p in (*model.parameters(), *fsdp.parameters()))
-        result["norms"].append(clip(fsdp.parameters()))
+        result["norms"].append(clip_pieces(fsdp.parameters()))
         optimizer.step()
         fsdp.zero_grad()
     states = [t for values in optimizer.state.values() for t in values.values()]

@@ -3,34 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from one_process import CLIP, STEPS, assert_close, loss_sum, micro_batches, optimizer_of, tiny_model, train_alone
+from one_process import (CLIP, STEPS, assert_close, clip_pieces, loss_sum, micro_batches, optimizer_of, tiny_model,
+                         train_alone, whole_gradients)
 from optim import AdamW
 from parallel.ledger import Ledger, data_parallel_elements, held, state_bytes
 from parallel.zero import Sliced, Zero
 from processes import run_on
-
-
-def whole_gradients(model, zero) -> dict:
-    """The gradients as one process has them, put together from all ranks' pieces."""
-    names, whole = {id(p): n for n, p in model.named_parameters()}, {}
-    for n, p in model.named_parameters():
-        if p.requires_grad:
-            whole[n] = torch.zeros(p.numel(), dtype=p.dtype)
-    for piece in zero.parameters():
-        whole[names[id(piece.whole)]][piece.start : piece.start + piece.numel()] = piece.grad.flatten()
-    for n, p in model.named_parameters():
-        if p.requires_grad:
-            dist.all_reduce(whole[n])
-            whole[n] = whole[n].view_as(p)
-    return whole
-
-
-def clip(pieces) -> float:
-    total = sum((piece.grad.square().sum() for piece in pieces), torch.zeros((), dtype=torch.float64))
-    dist.all_reduce(total)
-    for piece in pieces:
-        piece.grad.mul_((CLIP / (total.sqrt() + 1e-6)).clamp_max(1.0))
-    return total.sqrt().item()
 
 
 def train(world, name, stage, count, bucket_bytes, offload=False, frozen=False, overlap=True):
@@ -55,8 +33,8 @@ def train(world, name, stage, count, bucket_bytes, offload=False, frozen=False, 
                     gradients = held(p.grad for p in (*model.parameters(), *zero.parameters()))
         dist.all_reduce(loss)
         result["losses"].append(loss.item())
-        result["grads"].append(whole_gradients(model, zero))
-        result["norms"].append(clip(zero.parameters()))
+        result["grads"].append(whole_gradients(model, zero.parameters()))
+        result["norms"].append(clip_pieces(zero.parameters()))
         with Ledger() as gather:
             zero.step()
         zero.zero_grad()
@@ -141,8 +119,6 @@ def test_pieces_cover_each_parameter_once():
     want = [[(0, [1.0]), (0, [2.0] * 3)], [(3, [2.0] * 4)], [(7, [2.0] * 3), (0, [3.0])], [(1, [3.0] * 2), (0, [4.0])]]
     for rank, size, padding, found in run_on(4, slices):
         assert (size, padding) == (4, 1) and found == [(True, start, values) for start, values in want[rank]]
-
-
 
 
 def unknown(world):
