@@ -148,7 +148,7 @@ def check(args: Flags, world: int, without: tuple[str, ...] = ()) -> None:
     adapters = getattr(args, "lora_r", 0)
     for name, wrong, rule in (
             *((flag, getattr(args, flag) != getattr(Flags, flag), "this stage does not take it") for flag in without),
-            ("engine", args.engine == "torch" and world < 2, "takes many processes; torchrun --nproc_per_node N starts N"),
+            ("engine", args.engine == "torch" and world < 2, "needs processes: torchrun --nproc_per_node N starts N"),
             ("zero", not 0 <= args.zero <= 3, "choose 0, 1, 2 or 3"),
             *((axis, adapters and getattr(args, axis) > 1, "cuts or moves layers that --lora_r has wrapped: take "
                "--dp, --cp or --zero") for axis in ("tp", "pp", "ep")),

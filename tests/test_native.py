@@ -142,7 +142,7 @@ def test_float16_scales_its_loss_as_one_process_does(folder):
 
 
 @pytest.mark.parametrize("world, flags, line", [
-    (1, {}, "--engine torch: takes many processes; torchrun --nproc_per_node N starts N"),
+    (1, {}, "--engine torch: needs processes: torchrun --nproc_per_node N starts N"),
     (2, dict(cp=2), "--engine torch has no --cp"), (2, dict(ep=2), "and no --ep"),
     (2, dict(zero=1, optimizer="muon"), "cuts matrices under --zero, and muon needs them whole"),
     (2, dict(tp=2, attention_dropout=0.1), "would drop alike on all ranks of --tp"),
