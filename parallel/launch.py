@@ -11,7 +11,8 @@
     a rank is killed      it leaves no message: the others call the roll, and name the ranks that no longer answer
     a rank hangs          the others wait for `minutes`, then the same
 
-The store is torchrun's own; it lives in the agent and outlives any rank. Only rank 0 prints.
+The store is torchrun's own; it lives in the agent and outlives any rank, or, under TORCH_DISABLE_SHARE_RDZV_TCP_STORE,
+in rank 0. Only rank 0 prints.
 
     torchrun --nproc_per_node 4 parallel/launch.py --fail 2         # so does python parallel/launch.py: rank 2 fails
 """
@@ -73,8 +74,9 @@ def joined(minutes: float = 10.0):
         yield World()
         return
     store, rank, size = next(dist.rendezvous("env://"))
-    # The agent's store outlives a restart, and with it the addresses and messages of processes that are gone.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, and with it the addresses and
+        # messages of processes that are gone. Rank 0's own, on several nodes, begins empty: their agents count apart.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     local, backend = int(os.environ.get("LOCAL_RANK", rank)), "gloo"
     if torch.cuda.device_count() > local and dist.is_nccl_available():
         torch.cuda.set_device(local)
@@ -87,7 +89,10 @@ def joined(minutes: float = 10.0):
                   contextlib.redirect_stderr(nowhere if rank else sys.stderr)):
                 yield World(rank, size, store)
     except (Exception, KeyboardInterrupt) as error:
-        line = end_together(store, rank, size, error)
+        try:
+            line = end_together(store, rank, size, error)
+        except RuntimeError:  # no store any more: it was rank 0's
+            line = f"no answer from rank 0 of {size}: it died or hangs" if broken_off(error) else None
         if line is None:
             raise
         raise ConnectionError(line) from error
