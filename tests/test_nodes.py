@@ -112,14 +112,14 @@ def sharded(folder: Path) -> bool:
 
 @pytest.mark.parametrize("kind", ["namespaces", "loopback"])
 def test_a_node_joins_and_another_is_lost_and_the_sample_order_goes_on(tmp_path, cabled, kind):
-    """One process, two on two nodes, whose workers are killed in turn, one: the rows of one process undisturbed."""
+    """One process, two on two nodes, one of whose workers is killed, one: the rows of one process undisturbed."""
     if kind == "namespaces" and isinstance(cabled, str):
         pytest.skip(cabled)
     if kind == "loopback" and not isinstance(cabled, str):
         pytest.skip("tried with namespaces instead, which are permitted here")
     nodes, run, data = LOOPBACK if kind == "loopback" else cabled, tmp_path / "run", tmp_path / "sums.txt"
     data.write_text(TEXT)
-    settings = SHAPE | dict(data=str(data), out=str(run), max_steps=100, save_every=2, eval_every=0, resume="auto",
+    settings = SHAPE | dict(data=str(data), out=str(run), max_steps=80, save_every=2, eval_every=0, resume="auto",
                             schedule="constant")
     truth = stages.run_stage(train_pretrain.main, settings | {"out": str(tmp_path / "alone")})
     with socket.socket() as free:
@@ -136,10 +136,11 @@ def test_a_node_joins_and_another_is_lost_and_the_sample_order_goes_on(tmp_path,
         when(lambda: told_to_end(worker), second)
         os.kill(worker, signal.SIGCONT)
         when(lambda: sharded(checkpoint.latest(run)), second)
-        for one in (second, first):  # a worker of each: both nodes stay, but their agents have counted other restarts
-            before = checkpoint.latest(run)
-            os.kill(children(one)[0], signal.SIGKILL)
-            when(lambda: checkpoint.latest(run) != before, one)
+        killed = children(second)
+        os.kill(killed[0], signal.SIGKILL)  # both nodes stay, but of their agents only one counts it as a restart
+        when(lambda: children(second) not in ([], killed), second)
+        before = checkpoint.latest(run)
+        when(lambda: checkpoint.latest(run) != before, second)
         lose(second)
         out, err = first.communicate(timeout=180)
     assert first.returncode == 0, err[-3000:]
