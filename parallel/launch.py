@@ -123,33 +123,55 @@ def answering(store, rank: int):
 
 def end_together(store, rank: int, size: int, error: BaseException) -> str | None:
     """What rank `rank` should say in place of its error; None: the error itself, which is its own. Exits with code 2
-    where rank 0 has said it already."""
+    where rank 0 says it."""
     text, seconds = " ".join(str(error).split()), 15.0  # on a busy machine rank 0 may be seconds behind
-    if not store.check(["culprit"]) and not broken_off(error):
+    ours = f"rank {rank} failed: {text or type(error).__name__}"
+
+    def told() -> str | None:
+        """What rank 0 is about to print, waited for."""
+        return store.get("told").decode() if appears(store, "told", seconds) else None
+
+    if not broken_off(error):
         store.set(f"said/{rank}", text)
-        ours = f"rank {rank} failed: {text or type(error).__name__}"
         if rank == 0:
             store.compare_set("culprit", "", ours)
+            store.set("told", text)
             return None
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not store.check(["said/0"]):
-            time.sleep(0.05)
-        if store.check(["said/0"]) and store.get("said/0").decode() == text:
-            time.sleep(0.5)  # rank 0 is about to print it; torchrun ends all as soon as one has ended
-            sys.exit(2)
+        if told() == text:
+            leave()
         store.compare_set("culprit", "", ours)
         return ours if isinstance(error, (ValueError, OSError, KeyboardInterrupt)) else None
+    if rank and store.check(["told"]):
+        leave()
     store.set(f"said/{rank}", "")
     store.set("roll", "")
+    if appears(store, "culprit", seconds):
+        line = store.get("culprit").decode()
+    else:
+        silent = [r for r in range(size) if not store.check([f"said/{r}"])]
+        silent = [r for r in silent if not store.check([f"here/{r}"])] or silent  # who answers may hang all the same
+        line = f"rank {rank}: {text}"
+        if silent:
+            line = f"no answer from rank {', '.join(map(str, silent))} of {size}: it died or hangs"
+    if rank == 0:
+        store.set("told", line)
+    elif store.check(["said/0"]) and told() is not None:
+        leave()
+    return line
+
+
+def appears(store, key: str, seconds: float) -> bool:
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not store.check(["culprit"]):
+    while not store.check([key]):
+        if time.monotonic() > until:
+            return False
         time.sleep(0.05)
-    if store.check(["culprit"]):
-        return store.get("culprit").decode()
-    silent = [r for r in range(size) if not store.check([f"said/{r}"])]
-    silent = [r for r in silent if not store.check([f"here/{r}"])] or silent  # one that answers may hang all the same
-    return (f"no answer from rank {', '.join(map(str, silent))} of {size}: it died or hangs" if silent else
-            f"rank {rank}: {text}")
+    return True
+
+
+def leave() -> None:
+    time.sleep(0.5)  # for rank 0 to print; torchrun ends all as soon as one has ended
+    sys.exit(2)
 
 
 def broken_off(error: BaseException) -> bool:
