@@ -77,6 +77,8 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
     "cross_entropy_memory": [("way", "what", ""), ("tokens", "tokens", ",d"), ("hidden size", "hidden_size", ",d"),
                              ("words", "vocab_size", ",d"), ("peak, MB", "peak_mb", ",d"),
                              ("share of full logits at their best", "share", ".3f")],
+    "ledger": [("strategy", "strategy", ""), ("idea", "idea", ""), ("on rank 0 of four", "what", ""), ("formula", "formula", ""),
+               ("predicted", "predicted", ",.0f"), ("measured", "measured", ",.0f")],
     "parallel": [("what", "what", ""), ("way", "way", ""), ("ranks", "ranks", "d"), ("ms, best", "ms_best", ".0f"),
                  ("ms, median", "ms_median", ".0f")],
 }

@@ -181,10 +181,11 @@ def held_by(parameters, optimizer, gradients=None) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "tp", "pp", "cp")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "tp", "pp", "cp", "ep")
 B, S, K = 4, 16, 4  # sequences of a data-parallel rank, their length, microbatches
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=4)
+MIXTURE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)  # under ep
 
 
 class Row(NamedTuple):
@@ -201,8 +202,8 @@ def measure(strategy: str, ranks: int, schedule: str = "1f1b") -> list[Row]:
     from parallel import parallelize
     from parallel.mesh import Mesh
 
-    axis = strategy if strategy in ("tp", "pp", "cp") else "dp"
-    mesh, model = Mesh(**{axis: ranks}), CausalLM(ModelConfig(**SHAPE))
+    axis = strategy if strategy in ("tp", "pp", "cp", "ep") else "dp"
+    mesh, model = Mesh(**{axis: ranks}), CausalLM(ModelConfig(**SHAPE | (MIXTURE if axis == "ep" else {})))
     numel, L, h = sum(p.numel() for p in model.parameters()), SHAPE["num_hidden_layers"], SHAPE["hidden_size"]
     stage = int(strategy[-1]) if strategy.startswith("zero") else 0
     run = parallelize(model, mesh, lambda named: AdamW([p for _, p in named]), zero=stage, pp_schedule=schedule)
@@ -223,6 +224,12 @@ def measure(strategy: str, ranks: int, schedule: str = "1f1b") -> list[Row]:
         elif strategy == "pp":
             borders = (mesh.rank("pp") > 0) + (mesh.rank("pp") < ranks - 1)
             rows = [Row("bytes sent", "m per border", K * activation * borders, float(ledger.sent("send")))]
+        elif strategy == "ep":  # tokens to their experts and back, forward and backward; how many stay here is chance
+            moved = [entry for entry in ledger.entries if entry.op == "all_to_all" and entry.shape[-1] == h]
+            routed = ranks * B * S * MIXTURE["num_experts_per_tok"] * h * 4  # bytes, of all ranks
+            rows = [Row("all-to-alls of tokens", "4 L k", 4 * L * K, len(moved)),
+                    Row("their bytes, all ranks", "4 L of each token's copies", 4 * L * routed,
+                        _over_ranks(sum(entry.payload for entry in moved)))]
         else:
             hop = 2 * activation // ranks  # keys and values of this rank's tokens; as many bytes are their gradients
             rows = [Row("bytes sent by attention", "L k (3 c - 2) KV", L * K * (3 * ranks - 2) * hop,
