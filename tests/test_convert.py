@@ -22,6 +22,7 @@ from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_P
                             load_tokenizer)
 from generate import generate
 from model import CausalLM, ModelConfig, apply_rope, rope_tables
+from tensor_files import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = {
@@ -113,6 +114,22 @@ def test_stories260k_goes_through_every_format_and_comes_back_bit_for_bit(storie
     assert (tmp_path / "tokenizer.bin").read_bytes() == (stories / "tok512.bin").read_bytes()
     write_llama2c(tmp_path / "v1.bin", load_pretrained(tmp_path / "again"), version=1)
     assert (tmp_path / "v1.bin").read_bytes() == (stories / "stories260K_v1.bin").read_bytes()
+
+
+def test_a_folder_of_several_files_becomes_one_of_one(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+        save_model(folder, tiny())
+    tensors = dict(read_safetensors(parts / "model.safetensors"))
+    weight_map = {name: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        write_safetensors(parts / file, {name: t for name, t in tensors.items() if weight_map[name] == file})
+    (parts / "model.safetensors").unlink()
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert.main(["--model", str(parts), "--out", str(tmp_path / "one"), "--format", "hf"])
+    assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_its_loss_on_tinystories(stories, shared_data, tmp_path, capsys, monkeypatch):

@@ -1,8 +1,12 @@
 """Tests of parallel/__init__.py: strategies together against one process, float64, three steps; and what is refused."""
 
+from dataclasses import replace
+
+import parallel
 import pytest
 import torch
 import torch.nn.functional as F
+import train_pretrain
 from model import CausalLM, ModelConfig
 from one_process import CLIP, LR, STEPS, assert_close, global_batch
 from optim import build_optimizer, clip_grad_norm
@@ -125,3 +129,14 @@ def test_what_does_not_go_together_is_refused_with_one_line(sizes, options, line
     with pytest.raises(ValueError) as error:
         parallelize(model_of(True), mesh, optimizer_of, **options)
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer, flag", [("muon", "tp"), ("adafactor", "tp"), ("muon", "zero"), ("adafactor", "zero")])
+def test_optimizers_that_need_whole_matrices_are_refused_where_they_are_cut(optimizer, flag):
+    args = train_pretrain.Args(optimizer=optimizer, **{flag: {"tp": 2, "zero": 3}[flag]})
+    with pytest.raises(ValueError) as error:
+        parallel.check(args, 2)
+    assert f"--{flag} {getattr(args, flag)}: cuts matrices, and {optimizer} needs them whole" in str(error.value)
+    assert "\n" not in str(error.value)
+    for optimizer in ("adamw", "lion"):
+        parallel.check(replace(args, optimizer=optimizer), 2)
