@@ -137,7 +137,7 @@ def work(rank: int, ranks: int, port: int, args, answers) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,16 +147,15 @@ def main() -> None:
     rows = answers.get()
     while not context.join():
         pass
-    best = {row["way"]: row["ms_best"] for row in rows}
-    slow = [name for name in best if "slow link" in name]
-    ratios = {"all-reduce per parameter / buckets": best["all-reduce per parameter"] / best["buckets (DDP)"],
-              "one flat all-reduce / buckets": best["one flat all-reduce"] / best["buckets (DDP)"],
-              "without / with prefetch on the slow link": best[slow[0]] / best[slow[1]]}
+    of = {row["way"]: row for row in rows}
+    slow = [name for name in of if "slow link" in name]
+    for slower, faster in (("all-reduce per parameter", "buckets (DDP)"), ("one flat all-reduce", "buckets (DDP)"), slow):
+        best, median = (of[slower][which] / of[faster][which] for which in ("ms_best", "ms_median"))
+        rows.append(dict(what="ratio", way=f"{slower} / {faster}", ranks=args.ranks, ratio_best=best, ratio_median=median))
     for row in rows:
-        print(f"{row['way']:44} {row['ms_best']:8.2f} ms best, {row['ms_median']:8.2f} ms median")
-    for name, ratio in ratios.items():
-        print(f"{name:44} {ratio:8.2f} x")
-    write_results("parallel", [*rows, dict(what="ratios", **ratios)], quiet=True)
+        a, b, unit = ("ratio_best", "ratio_median", "x") if row["what"] == "ratio" else ("ms_best", "ms_median", "ms")
+        print(f"{row['way']:80} {row[a]:8.2f} {unit} best, {row[b]:8.2f} {unit} median")
+    write_results("parallel", rows, quiet=True)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ TABLES = {  # name of the results file: [(heading, key of the row, format)]
     "ledger": [("strategy", "strategy", ""), ("idea", "idea", ""), ("on rank 0 of four", "what", ""), ("formula", "formula", ""),
                ("predicted", "predicted", ",.0f"), ("measured", "measured", ",.0f")],
     "parallel": [("what", "what", ""), ("way", "way", ""), ("ranks", "ranks", "d"), ("ms, best", "ms_best", ".0f"),
-                 ("ms, median", "ms_median", ".0f")],
+                 ("ms, median", "ms_median", ".0f"), ("ratio of bests", "ratio_best", ".2f"),
+                 ("ratio of medians", "ratio_median", ".2f")],
 }
 
 TABLES["quant_quickstart"] = TABLES["quant"]
