@@ -213,7 +213,7 @@ def awq_clip(w: Tensor, x: Tensor, *, bits: int, group_size: int | None, symmetr
 
 
 class _Stop(Exception):
-    pass
+    """A hook has seen enough: what comes after it need not run."""
 
 
 def first_states(model: nn.Module, windows: Tensor) -> tuple[Tensor, list]:

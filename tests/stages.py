@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import checkpoint
 import metrics
 
+ROOT = Path(__file__).resolve().parents[1]
 WALL_CLOCK = {"seconds", "tokens_per_second", "memory_bytes"}
 
 
@@ -79,6 +81,24 @@ def assert_close_weights(run, truth, file: str = "model.safetensors", tolerance:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).abs().max() < tolerance, name
+
+
+def assert_refused(stage, settings: dict, processes: int, line: str) -> None:
+    """The stage's module refuses the flags for so many processes with one line, which holds this one."""
+    args = stage.parse(stage.Args, argv=flags(settings))
+    with pytest.raises(ValueError) as error:
+        stage.check(args, processes=processes)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def assert_bad_degrees_are_one_line(script: str, settings: dict) -> None:
+    """From a shell, one process with tp=2: exit code 2, and nothing is written."""
+    command = [sys.executable, str(ROOT / script), *flags(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "error: pp 1 x cp 1 x tp 2 do not make 1 processes; pp x cp x tp must divide it: 1; torchrun --nproc_per_node N "
+        "starts N"]
+    assert not Path(settings["out"]).exists()
 
 
 def assert_same_run(a, b) -> None:

@@ -1,9 +1,6 @@
 """Preference optimization on many processes: data, ZeRO and tensor parallelism leave the log and the weights of one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from model import CausalLM, ModelConfig
 from processes import run_on
 from stages import assert_close_logs, assert_close_weights, run_stage
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"seq_len": 48, "global_batch_size": 8, "micro_batch_size": 3, "max_steps": 3, "warmup_steps": 0,
             "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 0, "device": "cpu", "dtype": "float64",
             "lr": 1e-2}
@@ -146,16 +142,8 @@ def test_each_rank_takes_pairs_of_like_length():
     (dict(tp=3), "pp 1 x cp 1 x tp 3 do not make 2 processes"),
 ], ids=str)
 def test_what_two_processes_cannot_do_is_one_line(folder, flags, line):
-    args = train_dpo.parse(train_dpo.Args, argv=stages.flags(settings_of(folder, "refused", **flags)))
-    with pytest.raises(ValueError) as error:
-        train_dpo.check(args, processes=2)
-    assert line in str(error.value) and "\n" not in str(error.value)
+    stages.assert_refused(train_dpo, settings_of(folder, "refused", **flags), processes=2, line=line)
 
 
 def test_bad_degrees_end_with_one_line_and_code_2(folder):
-    command = [sys.executable, str(ROOT / "train_dpo.py"), *stages.flags(settings_of(folder, "refused", tp=2))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2 and done.stderr.splitlines() == [
-        "error: pp 1 x cp 1 x tp 2 do not make 1 processes; pp x cp x tp must divide it: 1; torchrun --nproc_per_node N "
-        "starts N"]
-    assert not (folder / "refused").exists()
+    stages.assert_bad_degrees_are_one_line("train_dpo.py", settings_of(folder, "refused", tp=2))

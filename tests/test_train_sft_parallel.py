@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +17,6 @@ from model import CausalLM, ModelConfig
 from processes import run_on
 from stages import run_stage
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"seq_len": 48, "global_batch_size": 8, "micro_batch_size": 1, "max_steps": 3, "warmup_steps": 1,
             "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 0, "sample_tokens": 3, "device": "cpu",
             "dtype": "float64", "lr": 1e-3}
@@ -206,16 +202,8 @@ def test_what_one_process_cannot_do_is_one_line(folder, flags, line):
     (dict(cp=2, cp_method="ring", seq_len=46), "--seq_len 46: no multiple of 2 x --cp, 4"),
 ], ids=str)
 def test_what_two_processes_cannot_do_is_one_line(folder, flags, line):
-    args = train_sft.parse(train_sft.Args, argv=stages.flags(settings_of(folder, "refused", **flags)))
-    with pytest.raises(ValueError) as error:
-        train_sft.check(args, processes=2)
-    assert line in str(error.value) and "\n" not in str(error.value)
+    stages.assert_refused(train_sft, settings_of(folder, "refused", **flags), processes=2, line=line)
 
 
 def test_bad_degrees_end_with_one_line_and_code_2(folder):
-    command = [sys.executable, str(ROOT / "train_sft.py"), *stages.flags(settings_of(folder, "refused", tp=2))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2 and done.stderr.splitlines() == [
-        "error: pp 1 x cp 1 x tp 2 do not make 1 processes; pp x cp x tp must divide it: 1; torchrun --nproc_per_node N "
-        "starts N"]
-    assert not (folder / "refused").exists()
+    stages.assert_bad_degrees_are_one_line("train_sft.py", settings_of(folder, "refused", tp=2))
