@@ -113,13 +113,8 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
         if optimizer is not None:
             sync.shard(optimizer)
     elif zero:
-        from parallel.grads import finalize
         from parallel.zero import Zero
-        records = [getattr(p, "placement", {}) for p in named.values()]
-        joined = any("tied" in record or record.get("partial") for record in records)
-        before = (lambda: finalize(named.values(), mesh)) if joined else None
-        sync = Zero(named.values(), optimizer, group_of, zero, axes=axes_of, overlap=pp == 1, before=before,
-                    offload=offload)
+        sync = Zero(named.values(), optimizer, group_of, zero, axes=axes_of, overlap=pp == 1, offload=offload)
     else:
         from parallel.ddp import DDP
         sync = DDP(named.values(), group_of, overlap=pp == 1)
@@ -223,10 +218,7 @@ class Run:
     def finish(self, loss_scale: float = 1.0) -> None:
         """Make the gradients, which are summed over the data axes, those of the whole batch and model."""
         from parallel.grads import finalize
-        if self.zero == 3:
-            finalize(self.sync.parameters(), self.mesh)  # pieces lie alike on all ranks of tp
-        elif self.zero == 0:
-            finalize(self.named.values(), self.mesh)
+        finalize(self.parameters(), self.mesh)
         if loss_scale != 1.0:
             for p in self.parameters():
                 if p.grad is not None:

@@ -156,7 +156,8 @@ class FSDP:
     """Shards the parameters of `modules` over `group` (None: one process, which makes sense with offload).
 
     modules: the units, in the order of forward, which uses each once; together they hold every parameter. Modules that
-    share a parameter (tied embeddings) make one unit. axes: the mesh axes of `group`, kept in the pieces' placement.
+    share parameters make one unit: a tied embedding and head travel three times like any other, as the last unit stays
+    till its backward, and an embedding's takes no weights. axes: mesh axes of `group`, kept in the pieces' placement.
     prefetch: fetch the next unit's weights while one computes. offload: weights, gradients and the optimizer's state
     live in the CPU's memory. dtype, device: of the gathered weights, if not the parameters' own: so a model may be
     built on the CPU that is too large for the GPU. All ranks run the same units in the same order.
@@ -182,10 +183,13 @@ class FSDP:
                 unit.first = call
                 self.units.append(unit)
                 taken |= {id(p): unit for p in parameters}
+            unit.last = call
             self.calls.append(unit)
             module.register_forward_pre_hook(lambda module, args, call=call: self._before_forward(call))
             module.register_forward_hook(lambda module, args, output, call=call: self._after_forward(call, output))
         self.padding = sum(unit.padding for unit in self.units)
+        self.lookups = {call for call, unit in enumerate(self.calls)  # of tied tables: backward only adds up rows
+                        if call < unit.last and isinstance(modules[call], nn.Embedding)}
 
     def parameters(self) -> list[Tensor]:
         """This rank's pieces, for optimizer and clipping: `.whole` is the parameter each is of, from `.start`."""
@@ -220,10 +224,12 @@ class FSDP:
         unit = self.calls[call]
         if unit.backward:  # activation checkpointing runs forward once more inside backward, which needs the weights
             return
-        unit.free()
-        for t in output if isinstance(output, (tuple, list)) else (output,):
-            if torch.is_tensor(t) and t.requires_grad:  # its gradient arrives just before the unit's backward begins
-                t.register_hook(lambda grad: self._before_backward(call))
+        made = [t for t in (output if isinstance(output, (tuple, list)) else (output,))
+                if torch.is_tensor(t) and t.requires_grad]
+        if not (made and self.pending is not None and unit.first < call == len(self.calls) - 1):  # else it stays
+            unit.free()
+        for t in made:  # a gradient of it arrives just before the unit's backward begins
+            t.register_hook(lambda grad: self._before_backward(call))
 
     def _before_backward(self, call: int) -> None:
         if self.pending is None:
@@ -231,9 +237,10 @@ class FSDP:
         if call + 1 < len(self.calls):
             self._after_backward(call + 1)
         unit = self.calls[call]
-        unit.wait()
+        if call not in self.lookups:
+            unit.wait()
         unit.backward = True
-        if self.prefetch and call > 0:
+        if self.prefetch and call > 0 and call - 1 not in self.lookups:
             self.calls[call - 1].gather()
 
     def _after_backward(self, call: int) -> None:

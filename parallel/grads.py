@@ -12,7 +12,7 @@ All of it follows from the record that a parameter carries, `parameter.placement
 Over the data axes, dp and cp, every gradient is partial: DDP, ZeRO and FSDP sum there (experts' over edp and cp).
 
     with strategy.microbatch(...): backward                    # sums over the data axes
-    finalize(model.parameters(), mesh)                         # ZeRO: as its `before`, as copies must be summed first
+    finalize(parameters, mesh)                                 # this rank's, or its pieces under ZeRO and FSDP
     norm = clip_grad_norm(parameters, mesh, max_norm)          # the same number on all ranks, to the bit
     if norm.isfinite(): optimizer.step()                       # so all ranks step, or none does
 
@@ -45,7 +45,8 @@ def total(value, group, dtype=torch.float64, device="cpu") -> Tensor:
 def sum_tied(parameters, mesh) -> None:
     """First and last pipeline stage exchange the gradients of the copies they share, and both hold the sum.
 
-    Before ZeRO scatters: the stages cut their gradients at different places (Megatron-LM #844).
+    Of ZeRO's pieces too, as it cuts both copies alike; were they cut where other weights put them, piece would be added
+    to another piece (Megatron-LM #844).
     """
     tied = [p for p in parameters if "tied" in getattr(p, "placement", {})]
     group = mesh.group("pp")

@@ -160,23 +160,26 @@ class Zero:
     parameters: in the order of the model, as backward goes through them from the end.
     group: where gradients are summed; or a function from a parameter to its group (experts have another one).
     axes: the mesh axes that `group` runs along, kept in the pieces' placement; a function, if group is one.
-    before: called when a microbatch's gradients are whole and before they are scattered. Sums over other axes, tied
-    copies in other pipeline stages above all, belong there: afterwards the copies lie on different ranks. It rules out
-    overlap, as does overlap=False. offload: the optimizer's weights, gradients and state are kept in the CPU's memory.
+    overlap=False scatters at the end. offload: the optimizer's weights, gradients and state lie in the CPU's memory.
+    What must be summed over other axes than these is summed afterwards, over the pieces, which lie alike on ranks that
+    hold the same parameters. One whose placement is "tied" has a bucket alone: its copy, in another pipeline stage,
+    stands beside other weights, and both must be cut alike.
     """
 
     def __init__(self, parameters, optimizer, group, stage: int = 1, *, axes=("dp", "cp"),
-                 bucket_bytes: int = 25 * 2**20, overlap: bool = True, before=None, offload: bool = False):
+                 bucket_bytes: int = 25 * 2**20, overlap: bool = True, offload: bool = False):
         if stage not in (1, 2):
             raise ValueError(f"ZeRO stage {stage} is not in this file: 1 shards the optimizer, 2 gradients too")
-        self.optimizer, self.stage, self.before = optimizer, stage, before
+        self.optimizer, self.stage = optimizer, stage
         self.hooks, self.active, self.next = [], False, 0
         group_of = group if callable(group) else lambda p: group
         axes_of = axes if callable(axes) else lambda p: axes
+        is_tied = lambda p: "tied" in getattr(p, "placement", {})  # noqa: E731
         whole, cut = ([p for settings in optimizer.param_groups if is_whole(optimizer, settings) is kind
                        for p in settings["params"]] for kind in (True, False))
         owner, load = {}, {}  # id of a whole parameter -> its owner; group -> weights that each rank owns
-        for p in sorted(whole, key=lambda p: -p.numel()):  # the largest first, each to the rank that has least
+        # Tied ones first, to the same rank in both stages; then the largest, each to the rank that has least.
+        for p in sorted(whole, key=lambda p: (not is_tied(p), -p.numel())):
             g = group_of(p)
             loads = load.setdefault(g, [0] * (1 if g is None else dist.get_world_size(g)))
             owner[id(p)] = loads.index(min(loads))
@@ -187,18 +190,18 @@ class Zero:
             if id(p) in owner:
                 self.buckets.append(Owned(p, group_of(p), owner[id(p)], axes_of(p), offload))
             elif id(p) in known:  # frozen ones are not
-                kind = p.dtype, p.device, group_of(p), axes_of(p)
+                kind = p.dtype, p.device, is_tied(p), group_of(p), axes_of(p)
                 filling.setdefault(kind, []).append(p)
                 if sum(q.numel() * q.element_size() for q in filling[kind]) >= bucket_bytes:
-                    self.buckets.append(Sliced(filling.pop(kind), *kind[2:], offload))
-        self.buckets += [Sliced(parameters, *kind[2:], offload) for kind, parameters in filling.items()]
+                    self.buckets.append(Sliced(filling.pop(kind), *kind[3:], offload))
+        self.buckets += [Sliced(parameters, *kind[3:], offload) for kind, parameters in filling.items()]
         self.padding = sum(bucket.padding for bucket in self.buckets)
         pieces: dict = {}
         for piece in self.parameters():
             pieces.setdefault(id(piece.whole), []).append(piece)
         for settings in optimizer.param_groups:
             settings["params"] = [piece for p in settings["params"] for piece in pieces.get(id(p), [])]
-        for bucket in self.buckets if overlap and before is None else []:
+        for bucket in self.buckets if overlap else []:
             bucket.missing = 0
             for p in bucket.parameters:
                 self.hooks.append(p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._ready(bucket)))
@@ -228,8 +231,6 @@ class Zero:
         finally:
             self.active = False
         if reduces:
-            if self.before is not None:
-                self.before()
             for bucket in self.buckets[self.next:]:
                 bucket.launch()
             for bucket in self.buckets:

@@ -94,13 +94,15 @@ def test_without_prefetch_one_unit_is_live():
         assert found["peak"] == found["shards"] + max(found["sizes"])
 
 
-def test_tied_embeddings_are_one_unit_and_cost_two_gathers_more():
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_tied_embeddings_are_one_unit_and_travel_as_often_as_any_other(prefetch):
+    """Used twice, they would be gathered four times for each microbatch."""
     shape = (("tie_word_embeddings", True),)
-    for _, found in run_on(2, train_with, dict(shape=shape)):
+    for _, found in run_on(2, train_with, dict(shape=shape, count=3, prefetch=prefetch)):
         numel = sum(found["sizes"]) // 8
-        table = found["sizes"][0] // 8
-        assert found["sent"] == 8 * (data_parallel_elements(numel, 2, 3) + 2 * table * (2 - 1) // 2)
-        assert found["peak"] <= found["shards"] + sum(sorted(found["sizes"])[-2:])
+        assert found["sent"] == 8 * data_parallel_elements(numel, 2, 3, 3)
+        assert found["peak"] <= found["shards"] + sum(sorted(found["sizes"])[-2 if prefetch else -1:])
+        assert found["at_rest"] == found["shards"]
 
 
 def test_accumulation_with_offload_keeps_every_microbatch():

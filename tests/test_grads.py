@@ -115,8 +115,7 @@ def tied(world, strategy):
     if strategy == "ddp":
         sync, held = DDP(parameters, mesh.group("dp"), overlap=False), parameters
     else:
-        sync = Zero(parameters, optimizer, mesh.group("dp"), stage=int(strategy[-1]), bucket_bytes=1,
-                    before=lambda: finalize(parameters, mesh))
+        sync = Zero(parameters, optimizer, mesh.group("dp"), stage=int(strategy[-1]), overlap=False)
         held = sync.parameters()
     norms = []
     for step in range(3):
@@ -124,8 +123,7 @@ def tied(world, strategy):
             with sync.microbatch(last):
                 weight = torch.linspace(1, 2, 15, dtype=torch.float64).view(5, 3) ** (1 + pp + 2 * dp + step)
                 ((table * weight).sum() + (table.square() * (pp + 1)).sum() + other.sum()).backward()
-        if strategy == "ddp":
-            finalize(parameters, mesh)
+        finalize(held, mesh)
         norms.append(clip_grad_norm(held, mesh, 1.0).item())
         (optimizer if strategy == "ddp" else sync).step()
         (optimizer if strategy == "ddp" else sync).zero_grad()
@@ -169,13 +167,12 @@ def pieces(world):
         x = torch.linspace(-1, 1, 5, dtype=torch.float64)[None] * (1 + mesh.rank("dp"))
         if strategy == "zero":
             optimizer = torch.optim.AdamW(module.parameters())
-            sync = Zero(module.parameters(), optimizer, mesh.group("dp", "cp"), before=lambda: finalize(module.parameters(), mesh))
+            sync = Zero(module.parameters(), optimizer, mesh.group("dp", "cp"))
         else:
             sync = FSDP([module], mesh.group("dp", "cp"))
         with sync.microbatch():
             ((module(x) * (1 + mesh.rank("tp"))).sum()).backward()
-        if strategy == "fsdp":
-            finalize(sync.parameters(), mesh)
+        finalize(sync.parameters(), mesh)
         norms.append(clip_grad_norm(sync.parameters(), mesh, 0.0).item())
     mesh.destroy()
     return norms

@@ -83,30 +83,19 @@ def train(world, shape, tied, count, options):
     (2, dict(tp=2), True, 2, dict()), (2, dict(pp=2), True, 4, dict(pp_schedule="interleaved")),
     (2, dict(pp=2), True, 4, dict(pp_schedule="zb")), (4, dict(tp=2), True, 2, dict()),
     (4, dict(tp=2), False, 2, dict(zero=3, sequence_parallel=True)), (4, dict(tp=2, pp=2), True, 4, dict()),
-    (4, dict(pp=2), False, 4, dict(zero=1))], ids=str)
+    (4, dict(pp=2), False, 4, dict(zero=1)), (2, dict(), True, 2, dict(zero=3, offload=True)),
+    (4, dict(pp=2), True, 4, dict(zero=1, pp_schedule="gpipe"))], ids=str)
 def test_same_as_one_process_and_scratch_sends_no_more(world, shape, tied, count, options):
-    truth, torchs = equal_to_one_process(world, shape, tied, count, options)
+    truth, torchs = alone(tied), run_on(world, train, shape, tied, count, options | {"engine": "torch"})
     scratch = run_on(world, train, shape, tied, count, options | {"engine": "scratch"})
+    for result in torchs:
+        assert_close({name: result[name] for name in ("losses", "norms", "parameters")}, truth)
+        assert all(result[name] == torchs[0][name] for name in ("losses", "norms", "after a step"))
+        assert all(torch.equal(result["parameters"][n], torchs[0]["parameters"][n]) for n in truth["parameters"])
     for rank, (a, b) in enumerate(zip(torchs, scratch)):
         assert_close({name: a[name] for name in ("losses", "norms", "after a step")}, b)
         print("rank", rank, "torch", a["sent"], "scratch", b["sent"])
         assert 0 < sum(b["sent"].values()) <= sum(a["sent"].values())
-
-
-def equal_to_one_process(world, shape, tied, count, options):
-    truth, ranks = alone(tied), run_on(world, train, shape, tied, count, options | {"engine": "torch"})
-    for result in ranks:
-        assert_close({name: result[name] for name in ("losses", "norms", "parameters")}, truth)
-        assert all(result[name] == ranks[0][name] for name in ("losses", "norms", "after a step"))
-        assert all(torch.equal(result["parameters"][n], ranks[0]["parameters"][n]) for n in truth["parameters"])
-    return truth, ranks
-
-
-@pytest.mark.parametrize("world, shape, count, options", [
-    (2, dict(), 2, dict(zero=3, offload=True)), (4, dict(pp=2), 4, dict(zero=1, pp_schedule="gpipe"))], ids=str)
-def test_tied_embeddings_where_scratch_sends_the_table_more_often(world, shape, count, options):
-    """For it holds two units at most under ZeRO-3, and sums both copies of a pipeline before ZeRO scatters them."""
-    equal_to_one_process(world, shape, True, count, options)
 
 
 # ---- the stage: its checkpoints go from engine to engine, and what it refuses

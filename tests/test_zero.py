@@ -146,27 +146,33 @@ def test_a_parameter_unused_on_one_rank_does_not_hang():
     assert run_on(2, unused, timeout=30) == [([1.0 - 4] * 3, [1.0 - 2] * 3)] * 2
 
 
-def before(world):
+def tied(world, name, offload):
     """Two tied copies of one table, on two stages: rank r has copy r // 2; its data group is {r, r ^ 1}."""
     rank = dist.get_rank()
     groups = [dist.new_group(g) for g in ([0, 1], [2, 3], [0, 2], [1, 3])]
     data, tie = groups[rank // 2], groups[2 + rank % 2]
-    table, other = torch.nn.Parameter(torch.ones(7)), torch.nn.Parameter(torch.ones(2 if rank < 2 else 5))
-    zero = Zero([other, table], torch.optim.SGD([table, other], lr=1.0), data, bucket_bytes=10**6,
-                before=lambda: dist.all_reduce(table.grad, group=tie))
+    table = torch.nn.Parameter(torch.arange(7.0))
+    other = torch.nn.Parameter(torch.ones(2 if rank < 2 else 10))
+    table.placement = {"tied": "the other"}
+    kind = torch.optim.SGD if name == "SGD" else type(name, (torch.optim.SGD,), {})  # of the latter whole ones
+    zero = Zero([other, table], kind([other, table], lr=1.0), data, bucket_bytes=10**6, offload=offload)
     with zero.microbatch():
-        (table.sum() * (rank + 1) + other.sum()).backward()
-    cut = [(p.whole is table, p.start, p.numel()) for p in zero.parameters()]
+        ((table * torch.arange(7.0)).sum() * (rank + 1) + other.sum()).backward()
+    pieces = [p for p in zero.parameters() if p.whole is table]
+    for p in pieces:
+        dist.all_reduce(p.grad, group=tie)
     zero.step()
     [dist.destroy_process_group(g) for g in groups]
-    return table.tolist(), cut
+    return table.tolist(), [(p.start, p.numel()) for p in pieces]
 
 
-def test_tied_copies_are_summed_before_zero_scatters_them():
-    """Megatron #844. The copies are cut at different places on the two stages: after the scatter no sum could be right."""
-    ranks = run_on(4, before)
-    assert all(table == [1.0 - 10] * 7 for table, _ in ranks)
-    assert ranks[0][1] != ranks[2][1]
+@pytest.mark.parametrize("name, offload", [("SGD", False), ("SGD", True), ("Unheard", False)])
+def test_tied_copies_are_cut_alike_whatever_else_their_stages_hold(name, offload):
+    """Megatron #844: cut at different places, the sum of the pieces that two stages exchange would be wrong."""
+    ranks = run_on(4, tied, name, offload)
+    assert all(table == [x - 10 * x for x in range(7)] for table, _ in ranks)
+    assert ranks[0][1] == ranks[2][1] == ([(0, 4)] if name == "SGD" else [(0, 7)])
+    assert ranks[1][1] == ranks[3][1] == ([(4, 3)] if name == "SGD" else [])
 
 
 def test_a_stage_that_is_not_here_is_refused():
