@@ -78,7 +78,7 @@ def ddp_ways(batch: int, length: int) -> tuple[dict, dict]:
     for name in ("backward alone", "all-reduce per parameter", "one flat all-reduce", "buckets (DDP)"):
         model = CausalLM(ModelConfig(**SMALL))
         parameters = list(model.parameters())
-        ddp = DDP(parameters, dist.group.WORLD if "DDP" in name else None, bucket_bytes=2**20)
+        ddp = DDP(parameters, dist.group.WORLD if "DDP" in name else None, bucket_bytes=2**21)
 
         def step(name=name, model=model, parameters=parameters, ddp=ddp):
             with ddp.microbatch():

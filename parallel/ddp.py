@@ -41,7 +41,7 @@ def reduce_gradients(parameters, group) -> None:
 
 
 class Bucket:
-    """Parameters whose gradients travel together, in one flat buffer."""
+    """Parameters whose gradients travel together. They live in one flat buffer, so that none is held twice or copied."""
 
     def __init__(self, parameters: list[Tensor], group):
         self.parameters, self.group = parameters, group
@@ -51,14 +51,21 @@ class Bucket:
         self.views = [part.view_as(p) for part, p in zip(parts, parameters)]
         self.work, self.missing = None, len(parameters)
 
-    def launch(self) -> None:
-        """Begin to sum this bucket. A parameter that was not used here counts zeros: another rank may have used it."""
+    def attach(self) -> None:
+        """Where no gradient is yet, let backward add to zeros in the buffer. A parameter that is not used here keeps
+        them: another rank may use it."""
+        new = all(p.grad is None for p in self.parameters)
+        if new:
+            self.buffer.zero_()
         for p, view in zip(self.parameters, self.views):
             if p.grad is None:
-                view.zero_()
-            elif p.grad is not view:
-                view.copy_(p.grad)
-            p.grad = view  # what the optimizer sees is the buffer: nothing is copied back
+                p.grad = view if new else view.zero_()
+
+    def launch(self) -> None:
+        """Begin to sum this bucket."""
+        for p, view in zip(self.parameters, self.views):
+            if p.grad is not view:  # somebody set it
+                p.grad = view.copy_(p.grad)
         self.work = dist.all_reduce(self.buffer, group=self.group, async_op=True)  # SUM
 
 
@@ -102,6 +109,8 @@ class DDP:
     @contextmanager
     def microbatch(self, last: bool = True):
         """Around forward and backward of a microbatch; after the last one, every p.grad is the sum over all ranks."""
+        for bucket in self.buckets:
+            bucket.attach()
         if last:
             self.active, self.next = True, 0
             for bucket in self.buckets:

@@ -98,6 +98,29 @@ def test_a_parameter_unused_on_one_rank_does_not_hang():
         assert (a, b, c, d) == ([2.0] * 3, [1.0] * 3, [0.0] * 3, [3.0] * 3)
 
 
+def buffers(world):
+    """Gradients that stay, that are forgotten, and that somebody sets, before the first microbatch or after it."""
+    a, b, c = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    ddp, seen = DDP([a, b, c], dist.group.WORLD), []
+    for grads in ((None, None, None), ("stays", None, torch.full((2,), 5.0)), ("stays", "stays", None)):
+        for p, grad in zip((a, b, c), grads):
+            p.grad = p.grad if grad == "stays" else grad
+        with ddp.microbatch(last=False):
+            (a + b + c).sum().backward()
+        if len(seen) == 2:
+            b.grad = b.grad + 1
+        with ddp.microbatch():
+            pass
+        seen.append([p.grad[0].item() for p in (a, b, c)])
+        assert {p.grad.untyped_storage().data_ptr() for p in (a, b, c)} == {ddp.buckets[0].buffer.data_ptr()}
+    return seen
+
+
+def test_gradients_live_in_the_buckets_alone_and_start_from_what_is_there():
+    """Two ranks: (0 + 1) x 2 of each; (2 + 1) x 2, (0 + 1) x 2, (5 + 1) x 2; (6 + 1) x 2, (2 + 1 + 1) x 2, (0 + 1) x 2."""
+    assert run_on(2, buffers) == [[[2, 2, 2], [6, 2, 12], [14, 8, 2]]] * 2
+
+
 def hooks(world):
     model = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(model.weight, dist.get_rank() + 1.0)
