@@ -57,7 +57,7 @@ class Wire(TorchDispatchMode):
 def train(world, shape, tied, count, options):
     """Three steps as in test_parallelize, and what the second of them sent."""
     mesh = Mesh(**shape)
-    run = parallelize(model_of(tied), mesh, optimizer_of, **options)
+    run = parallelize(model_of(tie_word_embeddings=tied), mesh, optimizer_of, **options)
     result = {"losses": [], "norms": []}
     for step in range(STEPS):
         mine = [x.chunk(mesh.size("dp"))[mesh.rank("dp")].chunk(count) for x in batch(step)]
@@ -86,7 +86,7 @@ def train(world, shape, tied, count, options):
     (4, dict(pp=2), False, 4, dict(zero=1)), (2, dict(), True, 2, dict(zero=3, offload=True)),
     (4, dict(pp=2), True, 4, dict(zero=1, pp_schedule="gpipe"))], ids=str)
 def test_same_as_one_process_and_scratch_sends_no_more(world, shape, tied, count, options):
-    truth, torchs = alone(tied), run_on(world, train, shape, tied, count, options | {"engine": "torch"})
+    truth, torchs = alone(dict(tie_word_embeddings=tied)), run_on(world, train, shape, tied, count, options | {"engine": "torch"})
     scratch = run_on(world, train, shape, tied, count, options | {"engine": "scratch"})
     for result in torchs:
         assert_close({name: result[name] for name in ("losses", "norms", "parameters")}, truth)
