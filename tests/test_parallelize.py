@@ -121,6 +121,7 @@ LAYOUTS = [  # processes, of which dp is what the other axes leave; axes; model;
     (4, dict(pp=2, cp=2), TIED, 4, dict(cp_method="ring", pp_schedule="zb")),
     (4, dict(ep=2, tp=2), EXPERTS, 2, dict()),
     (4, dict(ep=2, pp=2), EXPERTS | TIED, 4, dict(pp_schedule="zb")),
+    (4, dict(ep=2, cp=2), EXPERTS | dict(router_aux_loss_coef=0.0), 2, dict()),  # a part of a row has its own balance
     (4, dict(ep=2), EXPERTS, 2, dict()),
     (4, dict(ep=2), EXPERTS, 2, dict(zero=2)),
     (8, dict(tp=2, pp=2), UNEVEN, 4, dict(sequence_parallel=True)),
