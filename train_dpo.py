@@ -191,7 +191,7 @@ def check(args: Args, processes: int) -> None:
     expect(smoothed, "label_smoothing", f"has no meaning for --loss_type {args.loss_type}")
     expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     expect(args.lora_r or not args.load_in, "load_in", "rounded weights stay as they are: add adapters, by --lora_r 16")
-    parallel.check(args, processes, without=("pp", "cp", "ep", "engine"))
+    parallel.check(args, processes, without=("pp", "cp", "ep"))
     for folder in filter(None, (args.model, args.ref_model)):
         checkpoint.find_checkpoint(folder)
 

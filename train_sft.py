@@ -164,21 +164,19 @@ def check(args: Args, processes: int) -> None:
     expect(not args.early_stopping or args.eval_every, "early_stopping", "needs evaluations: set --eval_every")
     expect(args.template in ("", OWN, *TEMPLATES), "template", f"choose from {', '.join(TEMPLATES)}")
     expect(args.lora_r or not args.load_in, "load_in", "rounded weights stay as they are: add adapters, by --lora_r 16")
-    parallel.check(args, processes, without=("engine",))
+    parallel.check(args, processes)
     metrics.detect_device(args.device)
     checkpoint.find_checkpoint(args.model)
 
 
-def build_model(args: Args, tokenizer, rank: int = 0) -> CausalLM:
-    """The model of --model in training mode, with what the flags add to its layers; rank: this process's along tp."""
+def build_model(args: Args, tokenizer) -> CausalLM:
+    """The model of --model in training mode, with what the flags add to its layers."""
     adapter = LoRAConfig(args.lora_r, args.lora_alpha, target_modules=args.lora_targets) if args.lora_r else None
     model = checkpoint.load_chat_model(args.model, tokenizer, args.template, seq_len=args.seq_len,
                                        dtype=torch.float64 if args.dtype == "float64" else torch.float32,
                                        attention=args.attention, kernels=args.kernels, load_in=args.load_in,
                                        adapter=adapter, seed=args.seed, rope_scaling=args.rope_scaling)
     model.model.activation_checkpointing = args.activation_checkpointing
-    if args.neftune_alpha:
-        model.model.embed_tokens.register_forward_hook(neftune(args.neftune_alpha, args.seq_len, rank))
     return model.train()
 
 
@@ -218,7 +216,7 @@ def train(world, args: Args) -> None:
                     micro_batch_size=args.micro_batch_size, seed=args.seed, replay=replay and replay["directory"],
                     replay_fraction=args.replay_fraction if replay else 0.0, prompt_labels=args.prompt_loss_weight > 0,
                     rank=mesh.rank("dp"), world_size=mesh.size("dp"))
-    model, run = build_model(args, tokenizer, mesh.rank("tp")), None
+    model, run = build_model(args, tokenizer), None
     told, flops = parameter_report(model), flops_per_token(model.config, args.seq_len)
     optimizer_of = partial(build_optimizer, args.optimizer, lr=args.lr, weight_decay=args.weight_decay,
                            betas=(args.beta1, args.beta2))
@@ -229,6 +227,8 @@ def train(world, args: Args) -> None:
                                    own_loss=routers, weigh=partial(weigh, prompt_weight=args.prompt_loss_weight),
                                    device=device)
     optimizer = run.optimizer if run else optimizer_of(model.to(device).named_parameters())
+    if args.neftune_alpha:  # after tensor parallelism's own hooks, which put the embedding together
+        model.model.embed_tokens.register_forward_hook(neftune(args.neftune_alpha, args.seq_len, mesh.rank("tp")))
     whole = None if run else model  # run has it in parts, and puts them together at the end
     loss_of = torch.compile(batch_loss) if args.compile else batch_loss
     autocast = torch.autocast(device.type, HALF[args.dtype]) if args.dtype in HALF else contextlib.nullcontext()

@@ -69,7 +69,7 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
         from parallel import native
         return native.parallelize(model, mesh, optimizer_of, zero=zero, offload=offload, pp_chunks=chunks,
                                   sequence_parallel=sequence_parallel, pp_schedule=pp_schedule, autocast=autocast,
-                                  device=device)
+                                  weigh=weigh, device=device)
     if zero == 3 and pp > 1:
         raise ValueError("--zero 3 would gather every layer for each microbatch of a pipeline: take --zero 1 with --pp")
     if zero == 3 and mesh.size("ep") > 1:

@@ -35,6 +35,7 @@ def check(args, dp: int) -> None:
     rows, b = args.global_batch_size // dp, args.micro_batch_size
     name, m, whole = args.pp_schedule, rows // b, args.optimizer not in ("adamw", "lion")
     refuse((
+        (getattr(args, "lora_r", 0), "has no adapters: leave out --lora_r"),
         (args.cp > 1 or args.ep > 1, "has no --cp, which torch cannot do on a CPU, and no --ep"),
         (whole and args.zero, f"cuts matrices under --zero, and {args.optimizer} needs them whole"),
         (args.tp > 1 and getattr(args, "attention_dropout", 0), "would drop alike on all ranks of --tp"),
@@ -54,19 +55,23 @@ def refuse(reasons) -> None:
 
 def parallelize(model: nn.Module, mesh, optimizer_of, *, zero: int = 0, offload: bool = False,
                 sequence_parallel: bool = False, pp_schedule: str = "1f1b", pp_chunks: int = 2, autocast=None,
-                device=None, **others) -> "Native":
+                weigh=None, device=None, **others) -> "Native":
     """Cut a CausalLM, built alike on all ranks, by PyTorch's means -> Native. ValueError: what it cannot be cut into.
 
-    mesh: mesh.py's. optimizer_of(named pieces) -> optimizer. others: what concerns cp and experts."""
+    mesh: mesh.py's. optimizer_of(named pieces) -> optimizer; None: a frozen model, which is only run. weigh(labels) ->
+    (targets, -100 where nothing counts, and how much each counts), (B, S) both; None: each label counts 1. others: what
+    concerns cp and experts."""
     from torch.distributed.device_mesh import init_device_mesh
     c, t, p, dp = model.config, mesh.size("tp"), mesh.size("pp"), mesh.size("dp")
     stages = p * (pp_chunks if pp_schedule == "interleaved" and p > 1 else 1)
     refuse((
         (c.num_experts or mesh.size("cp", "ep") > 1, "has no experts and no --cp"),
         (c.position_embedding_type != "rope" and t * p > 1, "takes no other positions than RoPE with --tp and --pp"),
+        (t > 1 and c.attention_dropout and model.training, "would drop alike on all ranks of --tp"),
         (c.num_key_value_heads % t, f"gives whole heads to ranks: --tp {t} does not divide {c.num_key_value_heads}"),
         (stages > c.num_hidden_layers, f"makes {stages} stages of {c.num_hidden_layers} layers under --pp {p}")))
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    zero = zero if optimizer_of or zero == 3 else 0  # there is no state to divide
     device = torch.device(device or "cpu")
     sizes = (p, *((1, dp) if zero else (dp, 1)), t)  # tp changes fastest, as in mesh.py
     device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "replicate", "shard", "tp"))
@@ -76,7 +81,7 @@ def parallelize(model: nn.Module, mesh, optimizer_of, *, zero: int = 0, offload:
             for s in range(mesh.rank("pp"), stages, p)}
     for stage in mine.values():
         data_parallel(stage, device_mesh, zero, offload, autocast)
-    return Native(mesh, mine, shapes, optimizer_of, zero, (pp_schedule, stages), autocast, device)
+    return Native(mesh, mine, shapes, optimizer_of, zero, (pp_schedule, stages), autocast, weigh, device)
 
 
 # ------------------------------------------------------------------------------------------------------- strategies
@@ -177,27 +182,27 @@ def cut(model: nn.Module, s: int, stages: int) -> nn.Module:
 
 class Stage(nn.Module):
     """What FSDP wraps and PipelineStage runs: x, tokens or what came from the stage before -> activations for the next,
-    or on the last stage the loss (1,), so that no logits are kept. `feed` has the model's arguments and the labels of
-    each microbatch, in order."""
+    or on the last stage the nats of each target (B, S), so that no logits are kept. `feed` has the model's arguments,
+    the targets and their weights of each microbatch, in order."""
 
     def __init__(self, model: nn.Module, last: bool, shards: int):
         super().__init__()
-        self.model, self.last, self.shards, self.feed, self.scale = model, last, shards, iter(()), 1.0
+        self.model, self.last, self.shards, self.feed = model, last, shards, iter(())
         # Of every parameter, before FSDP: its shape, the dimension that tp cuts, its tied copy in another stage.
         self.records = {name: (tuple(p.shape), next((place.dim for place in getattr(p, "placements", ())
                                                      if place.is_shard()), None), getattr(p, "tied", None))
                         for name, p in model.named_parameters()}
 
     def forward(self, x: Tensor) -> Tensor:
-        arguments, labels = next(self.feed)
+        arguments, targets, _ = next(self.feed)
         if isinstance(self.model.model.embed_tokens, Received):
             self.model.model.embed_tokens.x = x
         y = self.model(**arguments)
         if not self.last:
             return y
         y = y.to(torch.promote_types(y.dtype, torch.float32))  # (B, S, V); under tp a DTensor, cut along V
-        nats = F.cross_entropy(y.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        return (nats.to_local() if hasattr(nats, "to_local") else nats)[None] * self.scale
+        nats = F.cross_entropy(y.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        return (nats.to_local() if hasattr(nats, "to_local") else nats).view_as(targets)
 
     def between(self, ids: Tensor, dtype: torch.dtype, device) -> Tensor:
         """Memory for the activations of tokens (B, S) that come from the stage before; sequence parallel has 1/tp."""
@@ -233,38 +238,62 @@ def piece_of(p: nn.Parameter, record: tuple, mesh, zero: int) -> nn.Parameter:
 class Native:
     """As parallel.Run: a model in parts, and the steps of training it; each method is called by all ranks."""
 
-    def __init__(self, mesh, stages: dict, shapes: dict, optimizer_of, zero: int, schedule: tuple, autocast, device):
-        self.mesh, self.stages, self.shapes, self.schedule, self.device = mesh, stages, shapes, schedule, device
+    def __init__(self, mesh, stages: dict, shapes: dict, optimizer_of, zero: int, schedule: tuple, autocast, weigh,
+                 device):
+        self.mesh, self.stages, self.shapes, self.schedule = mesh, stages, shapes, schedule
+        self.weigh, self.device = weigh or (lambda labels: (labels, torch.ones_like(labels))), device
         self.stage_of_zero, self.pipelines, self.last = zero, {}, list(stages.values())[-1]
         self.config = self.last.model.config
         self.sharded = {name: p for stage in stages.values() for name, p in stage.model.named_parameters()}
         records = {name: record for stage in stages.values() for name, record in stage.records.items()}
         self.named = {name: piece_of(p, records[name], mesh, zero) for name, p in self.sharded.items()}
         self.zero = 0  # to shards.py: what is in `named` is all there is
-        self.optimizer = optimizer_of(list(self.named.items()))
-        self.step, self.zero_grad = self.optimizer.step, self.optimizer.zero_grad
+        self.optimizer = optimizer_of(list(self.named.items())) if optimizer_of else None
         self.dtype = autocast or next(iter(self.named.values())).dtype  # of activations
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
 
     def count(self, labels) -> int:
         """Counted tokens of the global batch, from the labels (B, S) of this data-parallel rank's microbatches."""
-        return int(self._total(sum(int((y != -100).sum()) for y in labels), of="dp"))
+        return int(self.total(sum(int((y != -100).sum()) for y in labels)))
 
-    def backward(self, micro_batches, counted: int, loss_scale: float = 1.0) -> Tensor:
+    def total(self, mine) -> Tensor:
+        """The sum of a number over the data-parallel ranks, float64 0-d, the same on all ranks."""
+        return self._total(mine, of="dp")
+
+    def backward(self, micro_batches, counted: float, loss_scale: float = 1.0) -> Tensor:
         """Forward and backward of [(input_ids (B, S), labels (B, S), cu_seqlens or None)], the same on all ranks that
         have the same place along dp -> loss of the global batch, float64 0-d, the same on all ranks."""
-        inputs, losses = self._feed(micro_batches, loss_scale / max(counted, 1)), []
-        with self._loss_parallel():
-            if self.mesh.size("pp") > 1:
-                ids, labels = (torch.cat([batch[k] for batch in micro_batches]).to(self.device) for k in (0, 1))
-                last = {"target": labels, "losses": losses} if self.last.last else {}
-                self._pipeline(inputs).step(*[ids] if self.mesh.rank("pp") == 0 else [], **last)
-            else:
-                for k, (arguments, _) in enumerate(inputs):
-                    last = k + 1 == len(inputs)
-                    self.stages[0].set_requires_gradient_sync(last or self.stage_of_zero > 1)
-                    self.stages[0].set_reshard_after_backward(last or self.stage_of_zero == 3)
-                    losses.append(self.stages[0](arguments["input_ids"]))
+        inputs, losses = self._feed(micro_batches, loss_scale / (counted or 1)), []
+        if self.mesh.size("pp") > 1:
+            ids = torch.cat([arguments["input_ids"] for arguments, *_ in inputs])
+            last = {"target": torch.cat([weights for *_, weights in inputs]), "losses": losses}
+            with self._loss_parallel():
+                self._pipeline(inputs).step(*[ids] if self.mesh.rank("pp") == 0 else [],
+                                            **last if self.last.last else {})
+        else:
+            for k, (arguments, _, weights) in enumerate(inputs):
+                with self.microbatch(last=k + 1 == len(inputs)):
+                    losses.append((self.stages[0](arguments["input_ids"]) * weights).sum())
                     losses[-1].backward()
+        self.finish(loss_scale)
+        return self._total(sum(float(part.detach()) for part in losses) / loss_scale, of="dp pp")
+
+    @contextlib.contextmanager
+    def microbatch(self, last: bool):
+        """Around forward and backward of one of this rank's micro batches, where there is no pipeline; all ranks have
+        as many. After the last one, `finish`."""
+        self.stages[0].set_requires_gradient_sync(last or self.stage_of_zero > 1)
+        self.stages[0].set_reshard_after_backward(last or self.stage_of_zero == 3)
+        with self._loss_parallel():
+            yield
+
+    def finish(self, loss_scale: float = 1.0) -> None:
+        """Give the pieces their gradients, those of the whole batch and model."""
         for name, p in self.sharded.items():
             piece = self.named[name]
             piece.data = p.to_local().detach()  # torch 2.8 moves what it has to pad, in the first forward
@@ -272,8 +301,16 @@ class Native:
                 piece.grad = p.grad.redistribute(placements=p.placements).to_local() / loss_scale
                 p.grad = None
         self._sum_tied()
-        loss = sum(float(part.detach()) for part in losses) / loss_scale
-        return self._total(loss, of="dp pp")
+
+    def sequence_logprobs(self, input_ids, labels) -> tuple[Tensor, Tensor]:
+        """A forward, within `microbatch` or without gradients: rows (B, S) -> log p of each row's labels, summed (B,),
+        and how many they are (B,). Rows and results are the same on all ranks of tp."""
+        more = -input_ids.shape[1] % self.mesh.size("tp")  # sequence parallelism divides the positions
+        batch = F.pad(input_ids, (0, more)), F.pad(labels, (0, more), value=-100), None
+        with contextlib.nullcontext() if torch.is_grad_enabled() else self._scoring():
+            ((arguments, targets, _),) = self._feed([batch], 1.0)
+            nats = self.stages[0](arguments["input_ids"])
+        return -nats.sum(-1), (targets != -100).sum(-1)
 
     def evaluate(self, batches) -> dict:
         """{"nats": float, "tokens": int} over all counted tokens of [(input_ids, labels, cu_seqlens)], which are the
@@ -283,7 +320,7 @@ class Native:
         for stage in self.stages.values():
             stage.eval()
         k = -1
-        with torch.no_grad(), self._loss_parallel():
+        with self._scoring():
             for k, batch in enumerate(batches):
                 tokens += int((batch[1] != -100).sum())
                 if k % n == here:
@@ -292,9 +329,6 @@ class Native:
                 self._forward((batch[0], torch.full_like(batch[1], -100), batch[2]))
         for stage in self.stages.values():
             stage.train(training)
-            for module in stage.modules():
-                if hasattr(module, "reshard"):
-                    module.reshard()  # or the forward after the next step would still see these weights
         return {"nats": float(self._total(nats, of="dp pp")), "tokens": tokens}
 
     @torch.no_grad()
@@ -321,8 +355,9 @@ class Native:
                 dist.broadcast(found[name], group=group, group_src=p - place)
         return {name: found[name] for name in self.shapes}
 
-    def whole_model(self) -> nn.Module:
-        """The model as one process would have it, on every rank, on the CPU: to sample from and to write."""
+    def whole_model(self, model=None) -> nn.Module:
+        """The model as one process would have it, on every rank, on the CPU: to sample from and to write. model: what
+        Run takes where there are adapters; here there are none."""
         with torch.device("meta"):
             model = type(self.last.model)(self.config)
         model.load_state_dict({name: x.cpu() for name, x in self.state().items()}, strict=False, assign=True)
@@ -350,18 +385,31 @@ class Native:
         from torch.distributed.tensor.parallel import loss_parallel
         return loss_parallel() if self.mesh.size("tp") > 1 else contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def _scoring(self):
+        """Around forwards without gradients. What they gathered goes: the next step makes it old."""
+        with torch.no_grad(), self._loss_parallel():
+            yield
+        for module in (module for stage in self.stages.values() for module in stage.modules()):
+            if hasattr(module, "reshard"):
+                module.reshard()
+
     def _feed(self, micro_batches, scale: float) -> list:
-        """[(arguments of the model's forward, labels)] on the device; every stage gets them to take from."""
-        batches = ([x if x is None else x.to(self.device) for x in batch] for batch in micro_batches)
-        inputs = [({"input_ids": ids, "cu_seqlens": cu_seqlens}, labels) for ids, labels, cu_seqlens in batches]
+        """[(arguments of the model's forward, targets, their weights times scale)] on the device; every stage gets them
+        to take from."""
+        inputs, dtype = [], torch.promote_types(self.dtype, torch.float32)
+        for batch in micro_batches:
+            ids, labels, cu_seqlens = (x if x is None else x.to(self.device) for x in batch)
+            targets, weights = self.weigh(labels)
+            inputs.append(({"input_ids": ids, "cu_seqlens": cu_seqlens}, targets, weights.to(dtype) * scale))
         for stage in self.stages.values():
-            stage.feed, stage.scale = iter(inputs), scale
+            stage.feed = iter(inputs)
         return inputs
 
     def _pipeline(self, inputs: list):
         """torch's schedule for so many microbatches, all of the first one's shape; made once for each shape."""
         from torch.distributed import pipelining
-        (name, number), (_, labels) = self.schedule, inputs[0]
+        (name, number), (_, labels, weights) = self.schedule, inputs[0]
         key = len(inputs), labels.shape
         if key not in self.pipelines:
             schedule = {"gpipe": pipelining.ScheduleGPipe, "1f1b": pipelining.Schedule1F1B,
@@ -370,18 +418,18 @@ class Native:
             made = []
             for s, stage in self.stages.items():
                 between = stage.between(labels, self.dtype, "meta").requires_grad_()
-                loss = torch.empty(1, dtype=torch.promote_types(self.dtype, torch.float32), device="meta")
                 made.append(pipelining.PipelineStage(
                     stage, s, number, self.device, input_args=between if s else labels.to("meta"),
-                    output_args=loss if stage.last else between, group=self.mesh.group("pp")))
+                    output_args=weights.to("meta") if stage.last else between, group=self.mesh.group("pp")))
             self.pipelines[key] = schedule(made if name in ("interleaved", "zb") else made[0], len(inputs),
-                                           loss_fn=lambda loss, labels: loss.sum(), scale_grads=False)
+                                           loss_fn=lambda nats, weights: (nats * weights).sum(),
+                                           scale_grads=False)
         return self.pipelines[key]
 
     def _forward(self, batch) -> float:
         """A batch through all stages, without gradients -> its nats on the last one's ranks, elsewhere 0."""
         group, p, rank, nats = self.mesh.group("pp"), self.mesh.size("pp"), self.mesh.rank("pp"), 0.0
-        ((arguments, labels),) = self._feed([batch], 1.0)
+        ((arguments, _, weights),) = self._feed([batch], 1.0)
         for s, stage in self.stages.items():
             x = arguments["input_ids"]
             if s > 0:
@@ -389,7 +437,7 @@ class Native:
                 dist.recv(x, group=group, group_src=(rank - 1) % p)
             y = stage(x)
             if stage.last:
-                nats = float(y)
+                nats = float((y * weights).sum())
             else:
                 dist.send(y.contiguous(), group=group, group_dst=(rank + 1) % p)
         return nats
