@@ -148,6 +148,7 @@ def test_what_torch_s_engine_lacks_is_refused_with_one_line(world, flags, line):
 @pytest.mark.parametrize("sizes, shape, line", [
     (dict(tp=4), dict(num_key_value_heads=2), "--tp 4 does not divide 2"),
     (dict(tp=1), dict(num_experts=2), "has no experts"),
+    (dict(tp=2), dict(attention_dropout=0.1), "would drop alike on all ranks of --tp"),
     (dict(pp=4), dict(num_hidden_layers=3), "makes 4 stages of 3 layers under --pp 4"),
     (dict(tp=2), dict(position_embedding_type="alibi"), "takes no other positions than RoPE")])
 def test_models_that_torch_s_engine_does_not_cut_are_refused_with_one_line(sizes, shape, line):

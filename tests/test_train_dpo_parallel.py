@@ -64,6 +64,8 @@ LAYOUTS = [  # processes, flags for the layout, flags of the run
     (4, dict(zero=3, offload=True), dict(loss_type="orpo")),
     (2, dict(zero=2), dict(nll_weight=0.2, reference="online")),
     (4, dict(tp=2, zero=3), dict(ref_model="other", reference="online")),
+    (4, dict(engine="torch", tp=2, zero=3, sequence_parallel=True), dict(ref_model="other", reference="online")),
+    (2, dict(engine="torch", zero=1), dict(nll_weight=0.2)), (2, dict(engine="torch", tp=2), dict(loss_type="ipo")),
 ]
 
 
@@ -135,7 +137,7 @@ def test_each_rank_takes_pairs_of_like_length():
     (dict(pp=2), "--pp 2: this stage does not take it"),
     (dict(cp=2), "--cp 2: this stage does not take it"),
     (dict(ep=2), "--ep 2: this stage does not take it"),
-    (dict(engine="torch"), "--engine torch: this stage does not take it"),
+    (dict(lora_r=4, engine="torch"), "--engine torch has no adapters: leave out --lora_r"),
     (dict(lora_r=4, tp=2), "--tp 2: cuts or moves layers that --lora_r has wrapped: take --dp, --cp or --zero"),
     (dict(lora_r=4, zero=3, load_in="nf4"), "--zero 3: cuts weights, and those of --load_in are packed: take 1 or 2"),
     (dict(global_batch_size=7), "--global_batch_size 7: no multiple of the 2 data-parallel ranks"),

@@ -12,6 +12,7 @@ import checkpoint
 import lora
 import stages
 import train_sft
+from data.loader import eval_batches
 from data.tokenizer import BPETokenizer
 from model import CausalLM, ModelConfig
 from processes import run_on
@@ -75,6 +76,10 @@ LAYOUTS = [  # processes, flags for the layout, flags of the run
     (4, dict(cp=2, zero=1), dict(prompt_loss_weight=0.3)),
     (4, dict(zero=3, offload=True), dict(prompt_loss_weight=0.3)),
     (2, dict(ep=2, zero=1), dict(model="experts")),
+    (4, dict(engine="torch", tp=2, pp=2), dict(neftune_alpha=5.0, prompt_loss_weight=0.3)),
+    (2, dict(engine="torch", tp=2, sequence_parallel=True), dict(neftune_alpha=5.0, prompt_loss_weight=0.3)),
+    (4, dict(engine="torch", tp=2, zero=2), dict(data="long")),
+    (4, dict(engine="torch", zero=3, offload=True), dict(prompt_loss_weight=0.3)),
 ]
 
 
@@ -89,6 +94,18 @@ def test_the_rows_that_are_tried_are_packed_and_unpacked(folder, alone):
         run = alone(prompt_loss_weight=0.3) if packed else alone(data="long")
         index = json.loads((run / "data" / "index.json").read_text())["splits"]["train"]
         assert (index["tokens"] // 48 < index["conversations"] / 2) is packed
+
+
+def test_torch_s_pipeline_with_replayed_text_and_uneven_held_out_batches(folder):
+    """Microbatches of a pipeline are of one shape; those of the evaluation need not be."""
+    (folder / "replay.txt").write_text("two and two are four, and " * 400)
+    settings = dict(replay=folder / "replay.txt", replay_fraction=0.5, prompt_loss_weight=0.3, micro_batch_size=2,
+                    val_fraction=0.2)
+    truth = run_stage(train_sft.main, settings_of(folder, "replayed", **settings))
+    shapes = [tuple(ids.shape) for ids, *_ in eval_batches(truth / "data", "val", 48, 2)]
+    assert shapes == [(2, 48), (1, 48)]
+    engine = dict(engine="torch", pp=2, zero=1, pp_schedule="zb")
+    assert_same(on(2, settings_of(folder, "replayed2", **settings, **engine)), truth)
 
 
 def test_noise_differs_along_dp_and_is_the_same_again_after_a_resume(folder, alone):
@@ -120,24 +137,34 @@ def test_noise_has_the_bound_of_the_whole_row_where_a_rank_has_a_part():
     assert 0.9 * bound < together.abs().max().item() <= bound
 
 
-def test_a_batch_that_counts_less_than_one_token_is_divided_by_what_it_counts(folder):
-    """Prompts alone, two tokens at 0.1: as in one process, the divisor is 0.2, not 1."""
+def below_one(world, folder, ids, labels, engine):
+    """A rank's loss of its rows, and what they all count."""
     import parallel
     from parallel.mesh import Mesh
+    mesh, model = Mesh(world), checkpoint.load_model(folder / "base", dtype=torch.float64)
+    run = parallel.parallelize(model, mesh, lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
+                               weigh=partial(train_sft.weigh, prompt_weight=0.1), engine=engine)
+    ids, labels = (x.chunk(world)[mesh.rank("dp")] for x in (ids, labels))
+    weight = float(run.total(train_sft.weight_of(labels, 0.1)))
+    return run.backward([(ids, labels, None)], weight).item(), weight
+
+
+def test_a_batch_that_counts_less_than_one_token_is_divided_by_what_it_counts(folder):
+    """Prompts alone, two tokens at 0.1: as in one process, the divisor is 0.2, not 1."""
     ids, labels = torch.arange(12).view(2, 6), torch.full((2, 6), -100)
     labels[0, 1], labels[1, 3] = -101 - 7, -101 - 9
     model, weight = checkpoint.load_model(folder / "base", dtype=torch.float64), train_sft.weight_of(labels, 0.1)
-    truth = train_sft.batch_loss(model, ids, labels, None, torch.tensor(weight, dtype=torch.float64), 0.1)
-    run = parallel.parallelize(model, Mesh(), lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
-                               weigh=partial(train_sft.weigh, prompt_weight=0.1))
-    loss = run.backward([(ids, labels, None)], float(run.total(weight)))
-    assert weight == pytest.approx(0.2) and loss.item() == pytest.approx(truth.item(), abs=1e-12) and truth > 4
+    truth = train_sft.batch_loss(model, ids, labels, None, torch.tensor(weight, dtype=torch.float64), 0.1).item()
+    found = [below_one(1, folder, ids, labels, "scratch"), *run_on(2, below_one, folder, ids, labels, "scratch"),
+             *run_on(2, below_one, folder, ids, labels, "torch")]
+    assert weight == pytest.approx(0.2) and truth > 4
+    assert all(loss == pytest.approx(truth, abs=1e-12) and counted == pytest.approx(0.2) for loss, counted in found)
 
 
 def test_resumed_at_other_layouts_as_if_undisturbed(folder):
     settings = dict(max_steps=4, save_every=1, eval_every=0, schedule="constant", warmup_steps=0, prompt_loss_weight=0.3)
     truth = run_stage(train_sft.main, settings_of(folder, "undisturbed", **settings))
-    for world, steps, layout in ((4, 1, dict(tp=2, pp=2)), (2, 2, dict(zero=3)), (1, 3, {}), (2, 4, dict(pp=2, zero=1))):
+    for world, steps, layout in ((4, 1, dict(tp=2, pp=2)), (2, 2, dict(zero=3)), (1, 3, {}), (2, 4, dict(pp=2, engine="torch"))):
         now = settings_of(folder, "moved", **settings | layout | dict(max_steps=steps, resume="auto"))
         on(world, now) if world > 1 else run_stage(train_sft.main, now)
     assert_same(folder / "moved", truth)
@@ -185,7 +212,7 @@ def test_a_checkpoint_of_adapters_opens_as_the_merged_model_or_says_what_it_is(f
     (dict(tp=2), "pp 1 x cp 1 x tp 2 do not make 1 processes"),
     (dict(lora_r=4, zero=3, load_in="nf4"), "--zero 3: cuts weights, and those of --load_in are packed: take 1 or 2"),
     (dict(offload=True), "--offload True: moves ZeRO's part of the state"),
-    (dict(engine="torch"), "--engine torch: this stage does not take it"), (dict(zero=4), "--zero 4: choose 0, 1, 2 or 3"),
+    (dict(engine="torch"), "--engine torch: needs processes"), (dict(zero=4), "--zero 4: choose 0, 1, 2 or 3"),
     (dict(dp=2), "dp 2 x pp 1 x cp 1 x tp 1 do not make 1 processes"),
 ], ids=str)
 def test_what_one_process_cannot_do_is_one_line(folder, flags, line):
@@ -198,6 +225,8 @@ def test_what_one_process_cannot_do_is_one_line(folder, flags, line):
     (dict(lora_r=4, tp=2), "--tp 2: cuts or moves layers that --lora_r has wrapped: take --dp, --cp or --zero"),
     (dict(lora_r=4, pp=2, pp_schedule="interleaved", pp_chunks=2), "--pp 2: cuts or moves layers"),
     (dict(lora_r=4, ep=2), "--ep 2: cuts or moves layers"),
+    (dict(lora_r=4, engine="torch"), "--engine torch has no adapters: leave out --lora_r"),
+    (dict(pp=2, micro_batch_size=3, engine="torch"), "takes equal microbatches under --pp: 3 does not divide a rank's 8"),
     (dict(global_batch_size=7), "--global_batch_size 7: no multiple of the 2 data-parallel ranks"),
     (dict(cp=2, cp_method="ring", seq_len=46), "--seq_len 46: no multiple of 2 x --cp, 4"),
 ], ids=str)
