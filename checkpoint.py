@@ -27,7 +27,6 @@ from torch import Tensor
 
 import lora
 from data.chat import stop_ids
-from data.dcp_file import METADATA, DCPTensor, model_tensors, write_dcp
 from data.quantized_files import encode, install
 from hf_config import extend_context
 from model import CausalLM, ModelConfig
@@ -63,11 +62,10 @@ def hf_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def save_model(folder, model: CausalLM, tokenizer=None, format: str = "auto", distributed: bool = False) -> None:
+def save_model(folder, model: CausalLM, tokenizer=None, format: str = "auto") -> None:
     """Write a Hugging Face folder, tied weights once; of a model with adapters a PEFT folder, the adapter alone.
 
-    Quantized layers are written as data/quantized_files.py lays them out in that format. distributed: weights as a
-    checkpoint of PyTorch's, see data/dcp_file.py."""
+    Quantized layers are written as data/quantized_files.py lays them out in that format."""
     folder = Path(folder)
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -79,23 +77,13 @@ def save_model(folder, model: CausalLM, tokenizer=None, format: str = "auto", di
     write_json(folder / "config.json", config | ({"quantization_config": quantization} if codes else {}))
     ends = {name: config[name] for name in SPECIAL_IDS if config[name] is not None}
     write_json(folder / "generation_config.json", ends)
-    if distributed:
-        write_dcp(folder, hf_tensors(model) | codes)
-    else:
-        write_safetensors(folder / "model.safetensors", hf_tensors(model) | codes, {"format": "pt"})
-
-
-def home_of(folder: Path) -> Path:
-    """Where config.json and the tokenizer are: in the folder, or above one of PyTorch's that has weights alone."""
-    bare = (folder / METADATA).is_file() and not (folder / "config.json").is_file()
-    return folder.absolute().parent if bare else folder
+    write_safetensors(folder / "model.safetensors", hf_tensors(model) | codes, {"format": "pt"})
 
 
 def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
                kernels: str = "torch", seq_len: int = 1, rope_scaling: str | None = None,
                mapped: bool = False) -> CausalLM:
-    """The model of a Hugging Face folder, single or sharded, of a family in model.FAMILIES; in eval mode. Its weights
-    may be a distributed checkpoint of PyTorch's instead (data/dcp_file.py), and config.json then lie a folder up.
+    """The model of a Hugging Face folder, single or sharded, of a family in model.FAMILIES; in eval mode.
 
     dtype: to convert to; None keeps the file's. seq_len, rope_scaling: see extend_context. Takes the memory of the
     model and, in passing, of one tensor; mapped=True leaves the weights in the file, to be read as they are used (but
@@ -103,28 +91,30 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     and tensors missing, unknown or of another shape.
     """
     folder = Path(folder)
-    home, distributed = home_of(folder), (folder / METADATA).is_file()
-    if not (home / "config.json").is_file():
-        raise ValueError(f"{folder}: " + ("a distributed checkpoint, which holds weights alone: put the model's "
-                                          "config.json, and its tokenizer, into it or beside it" if distributed else
-                                          "not a Hugging Face model folder: no config.json"))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: not a Hugging Face model folder: no config.json")
     if (folder / "manifest.json").is_file():
         verify(folder, contents=False)
     try:
-        values = read_json(home / "config.json")
-        if (home / "generation_config.json").is_file():  # what ends a text stands there, often several tokens
-            ends = read_json(home / "generation_config.json")
+        values = read_json(folder / "config.json")
+        if (folder / "generation_config.json").is_file():  # what ends a text stands there, often several tokens
+            ends = read_json(folder / "generation_config.json")
             values |= {name: ends[name] for name in SPECIAL_IDS if ends.get(name) is not None}
         quantization = values.pop("quantization_config", None)
         config = ModelConfig.from_hf(values)
         config = dataclasses.replace(config, attention=attention, kernels=kernels)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{home}: no model can be built from its config.json: {error}") from None
+        raise ValueError(f"{folder}: no model can be built from its config.json: {error}") from None
     config = extend_context(config, seq_len, rope_scaling)
     with torch.device("meta"):  # shapes only: the weights come from the file
         model = CausalLM(config)
-    entries = _entries(folder, config)  # name -> where its numbers are
-    entries = {name: entry for name, entry in entries.items() if not name.endswith(IMPLIED)}
+    entries = {}  # name -> where its numbers are
+    for file in _weight_files(folder):
+        header, _, start = read_safetensors_header(file)
+        if twice := header.keys() & entries.keys():
+            raise ValueError(f"{folder}: {min(twice)} stands in {file.name} and in {entries[min(twice)].path.name}")
+        entries |= {name: Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+                    for name, entry in header.items() if not name.endswith(IMPLIED)}
     if quantization:
         rest = install(model, quantization, {name: entry.read() for name, entry in entries.items()}, quantize_model)
         entries = {name: entries[name] for name in rest}
@@ -139,7 +129,7 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
         weight_dtype = dtype or parts[0].dtype
         whole = weight_dtype == parts[0].dtype and not config.num_experts and not quantization  # of codes there are copies
         at_once = mapped or whole  # no memory is spent in passing
-        if at_once and p.dim() < 3 and str(device) == "cpu" and not distributed:
+        if at_once and p.dim() < 3 and str(device) == "cpu":
             maps[parts[0].path] = maps.get(parts[0].path) or read_safetensors(parts[0].path, mapped)
             weights[name] = maps[parts[0].path][hf_names(name, p, config)[0]].to(weight_dtype)
         else:
@@ -202,19 +192,6 @@ def grow_vocabulary(model: CausalLM, vocab_size: int) -> None:
         if name == "embed_tokens" and model.config.tie_word_embeddings:
             model.lm_head.weight = module.weight
     model.model.embed_tokens.num_embeddings = model.lm_head.out_features = model.config.vocab_size = vocab_size
-
-
-def _entries(folder: Path, config: ModelConfig) -> dict[str, Entry | DCPTensor]:
-    if (folder / METADATA).is_file():
-        return model_tensors(folder, {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads})
-    entries = {}
-    for file in _weight_files(folder):
-        header, _, start = read_safetensors_header(file)
-        if twice := header.keys() & entries.keys():
-            raise ValueError(f"{folder}: {min(twice)} stands in {file.name} and in {entries[min(twice)].path.name}")
-        entries |= {name: Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
-                    for name, entry in header.items()}
-    return entries
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -459,12 +436,11 @@ def catch_signals() -> list[int]:
 
 
 def find_checkpoint(path) -> Path:
-    """A run's folder -> its newest checkpoint; a checkpoint, Hugging Face's or PyTorch's folder -> itself; else
-    ValueError."""
+    """A run's folder -> its newest checkpoint; a checkpoint or Hugging Face folder -> itself; else ValueError."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
-    if any((path / name).is_file() for name in ("config.json", "manifest.json", "adapter_config.json", METADATA)):
+    if any((path / name).is_file() for name in ("config.json", "manifest.json", "adapter_config.json")):
         return path
     newest = latest(path)
     if newest is None:

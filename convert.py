@@ -1,13 +1,11 @@
-"""Models in and out: Hugging Face folders, GGUF (llama.cpp, Ollama), llama2.c and PyTorch's distributed checkpoints.
+"""Models in and out: Hugging Face folders, GGUF (llama.cpp, Ollama) and llama2.c, each with its tokenizer.
 
     python convert.py --model some/hf_folder    --out model.gguf --format gguf --quantize q8_0
     python convert.py --model model.gguf        --out folder     --format hf
     python convert.py --model stories260K.bin   --out folder     --format hf       (reads tok512.bin beside it)
     python convert.py --model out/pretrain      --out model.bin  --format llama2c  (writes tokenizer.bin beside it)
-    python convert.py --model dcp/step-1000     --out folder     --format hf       (config.json: in it, or in dcp)
-    python convert.py --model some/hf_folder    --out new        --format dcp
 
-In all of them a model is the same matrices under other names. What differs is the order of the rows of q and k. RoPE
+In all three a model is the same matrices under other names. What differs is the order of the rows of q and k. RoPE
 turns pairs of numbers; Hugging Face pairs x[i] with x[i + D/2], Meta, llama2.c and llama.cpp's `llama` x[2i] with
 x[2i + 1]. Attention only sees q . k, which no common reordering changes, so it is enough to permute the rows of both:
 
@@ -15,7 +13,6 @@ x[2i + 1]. Attention only sees q . k, which no common reordering changes, so it 
 
 llama.cpp's `qwen2`, `qwen3` and `qwen3moe` pair as Hugging Face does. A sentencepiece model, llama2.c's tokenizer.bin
 and GGUF's `llama` tokenizer are one list too (see data/pieces.py).
-The shards of many processes merge: ours (shards.py) and PyTorch's (DCP; see data/dcp_file.py).
 """
 
 import dataclasses
@@ -35,28 +32,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import atomic_file, find_checkpoint, home_of, open_model, save_model, sync_folder, write_json
+from checkpoint import atomic_file, find_checkpoint, open_model, save_model, sync_folder, write_json
 from cli import parse, run
 from data.gguf_file import (FILE_TYPES, GGUF_KEYS, GGUF_SCALING, MAGIC, dequantize, fitting_kind, gguf_name, hf_name,
                             read_gguf, write_gguf)
-from data.pieces import (CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, config_of_pieces, json_of_pieces,
-                         llama2c_of_pieces, model_of_pieces, pieces_of_json, pieces_of_llama2c, pieces_of_model)
+from data.pieces import (CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, json_of_pieces, llama2c_of_pieces,
+                         model_of_pieces, pieces_of_json, pieces_of_llama2c, pieces_of_model)
 from data.tokenizer import (CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN, SMOLLM_PATTERN,
                             SentencePieceTokenizer, Tokenizer, load_tokenizer)
 from hf_config import extend_context
 from model import CausalLM, ModelConfig, checked_scaling, inverse_frequency, rope_tables
 from shards import is_sharded, load_sharded
 
-FOLDERS = ("hf", "dcp")  # the formats that are no single file
-
 
 @dataclass
 class Args:
-    model: str  # what to convert: a run, a checkpoint, a Hugging Face or DCP folder, a .gguf or a llama2.c .bin file
-    out: str  # where to: a new folder for hf and dcp, a new file for gguf and llama2c
-    format: Literal["hf", "gguf", "llama2c", "dcp"]  # of the output; dcp: PyTorch's distributed checkpoint
+    model: str  # what to convert: a run, a checkpoint, a Hugging Face folder, a .gguf or a llama2.c .bin file
+    out: str  # where to: a new folder for hf, a new file for gguf and llama2c
+    format: Literal["hf", "gguf", "llama2c"]  # of the output
     quantize: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k"] | None = None  # gguf: its matrices; None: as now
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # hf, dcp: of the weights; None = as they are
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # hf: of its weights; None = as they are
     tokenizer: str | None = None  # file or folder; None = the model's own
     llama2c_version: Literal[0, 1] = 0  # llama2.c's run.c reads 0
 
@@ -66,7 +61,7 @@ class Args:
 
 def load_pretrained(path, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
                     mapped: bool = False, seq_len: int = 1, rope_scaling: str = "") -> CausalLM:
-    """The model of a Hugging Face or DCP folder (or run), a GGUF file or a llama2.c .bin (of 0 or 1); in eval mode.
+    """The model of a Hugging Face folder (or run), a GGUF file or a llama2.c .bin (version 0 or 1); in eval mode.
 
     dtype: to convert to; None keeps the file's, float32 where that is quantized. The others: see load_model.
     ValueError: what is none of these, or not whole; a GGUF of another architecture than those in ARCHITECTURES."""
@@ -103,7 +98,7 @@ def load_pretrained_tokenizer(path) -> Tokenizer | None:
     path = Path(path)
     if path.is_dir():
         try:
-            tokenizer, pieces = load_tokenizer(folder := home_of(find_checkpoint(path))), folder / "tokenizer.model"
+            tokenizer, pieces = load_tokenizer(folder := find_checkpoint(path)), folder / "tokenizer.model"
             if pieces.is_file() and (same := load_tokenizer(pieces)).vocab_size == tokenizer.vocab_size:
                 same.chat_template = tokenizer.chat_template
                 return same  # tokenizer.json tells the same pieces, but not their scores
@@ -122,10 +117,8 @@ def load_pretrained_tokenizer(path) -> Tokenizer | None:
     return None
 
 
-def save_pretrained(model: CausalLM, directory, tokenizer: Tokenizer | None = None, format: str = "hf") -> None:
-    """Write a Hugging Face folder, which appears whole or not at all. ValueError if `directory` is not empty.
-
-    format "dcp": with a distributed checkpoint of PyTorch's in the place of model.safetensors."""
+def save_pretrained(model: CausalLM, directory, tokenizer: Tokenizer | None = None) -> None:
+    """Write a Hugging Face folder, which appears whole or not at all. ValueError if `directory` is not empty."""
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty: choose another folder")
@@ -133,17 +126,25 @@ def save_pretrained(model: CausalLM, directory, tokenizer: Tokenizer | None = No
     temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
     try:
         temporary.mkdir()
-        save_model(temporary, model, tokenizer, distributed=format == "dcp")
-        if (file := temporary / "tokenizer.model").exists() and not (temporary / "tokenizer.json").exists():
-            pieces = pieces_of_model(file.read_bytes())  # and what transformers reads:
-            write_json(temporary / "tokenizer.json", json_of_pieces(pieces))
-            write_json(temporary / "tokenizer_config.json", config_of_pieces(pieces, tokenizer.chat_template))
+        save_model(temporary, model, tokenizer)
+        if (temporary / "tokenizer.model").exists() and not (temporary / "tokenizer.json").exists():
+            _write_json_of_sentencepiece(temporary, tokenizer)
         if directory.exists():
             directory.rmdir()
         os.replace(temporary, directory)
         sync_folder(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_json_of_sentencepiece(folder: Path, tokenizer: Tokenizer) -> None:
+    """tokenizer.json beside a tokenizer.model, and tokenizer_config.json: what transformers reads."""
+    pieces = pieces_of_model((folder / "tokenizer.model").read_bytes())
+    ends = {f"{end}_token": pieces.tokens[i] for end, i in pieces.ids.items()}
+    template = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
+    write_json(folder / "tokenizer.json", json_of_pieces(pieces))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                                  "clean_up_tokenization_spaces": False} | ends | template)
 
 
 def _kind_of(path: Path) -> str:
@@ -558,11 +559,11 @@ def check(args: Args) -> None:
     out = Path(args.out)
     if args.quantize and args.format != "gguf":
         raise ValueError(f"--quantize {args.quantize}: only --format gguf is quantized")
-    if args.dtype and args.format not in FOLDERS:
-        raise ValueError(f"--dtype {args.dtype}: only for --format hf, dcp; gguf takes --quantize, llama2c is float32")
-    if args.format not in FOLDERS and out.is_dir():
+    if args.dtype and args.format != "hf":
+        raise ValueError(f"--dtype {args.dtype}: only for --format hf; gguf takes --quantize, llama2c is float32")
+    if args.format != "hf" and out.is_dir():
         raise ValueError(f"--out {out}: is a folder; name the file to write")
-    if args.format in FOLDERS and out.is_file() or out.is_dir() and any(out.iterdir()):
+    if args.format == "hf" and out.is_file() or out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out}: is not empty; choose another")
     beside = [out.with_name("tokenizer.bin")] if args.format == "llama2c" else []
     for file in (out, *beside):
@@ -579,8 +580,8 @@ def main(argv: list[str] | None = None) -> None:
     if tokenizer is None:
         print("note: no tokenizer was found, so none is written (name one by --tokenizer)", file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if args.format in FOLDERS:
-        save_pretrained(model, out, tokenizer, args.format)
+    if args.format == "hf":
+        save_pretrained(model, out, tokenizer)
     elif args.format == "gguf":
         write_model_gguf(out, model, tokenizer, args.quantize and args.quantize.upper())
     else:

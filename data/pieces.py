@@ -172,13 +172,6 @@ def json_of_pieces(pieces: Pieces) -> dict:
                       "byte_fallback": BYTE in pieces.types, "ignore_merges": False, "vocab": index, "merges": merges}}
 
 
-def config_of_pieces(pieces: Pieces, chat_template: str | None) -> dict:
-    """The tokenizer_config.json beside such a tokenizer.json."""
-    ends = {f"{end}_token": pieces.tokens[i] for end, i in pieces.ids.items()}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | ends | (
-        {} if chat_template is None else {"chat_template": chat_template})
-
-
 def pieces_of_json(data: dict) -> Pieces:
     """The inverse, for a tokenizer.json whose BPE has a byte fallback. Scores are minus the rank of the first merge.
 

@@ -473,7 +473,6 @@ def test_files_that_are_no_models_are_refused(tmp_path):
     (["--format", "gguf", "--out", "full"], "--out full: is a folder; name the file to write"),
     (["--format", "gguf", "--out", "full/a"], "full/a exists already"),
     (["--format", "llama2c", "--out", "here/model.bin"], "tokenizer.bin exists already"),
-    (["--format", "dcp", "--out", "full"], "--out full: is not empty"),
     (["--format", "hf", "--out", "new", "--quantize", "q8_0"], "only --format gguf is quantized"),
     (["--format", "gguf", "--out", "new", "--dtype", "float16"], "only for --format hf"),
     (["--format", "onnx", "--out", "new"], "--format"),
@@ -496,7 +495,7 @@ def test_a_failed_conversion_leaves_nothing_and_exits_with_2(tmp_path):
 
 
 def test_a_disk_that_fails_in_the_middle_leaves_no_folder(tmp_path, monkeypatch):
-    def fails(folder, model, tokenizer, **how):
+    def fails(folder, model, tokenizer):
         save_model(folder, model)
         raise OSError(28, "No space left on device")
 
