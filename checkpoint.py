@@ -31,10 +31,11 @@ from data.quantized_files import encode, install
 from hf_config import extend_context
 from model import CausalLM, ModelConfig
 from quant import quantize_model
-from tensor_files import (DTYPES, Entry, atomic_file, read_json, read_safetensors, read_safetensors_header, sha256,
-                          sync_folder, write_json, write_safetensors)
+from tensor_files import (DTYPES, Boxes, Entry, atomic_file, read_distributed, read_json, read_safetensors,
+                          read_safetensors_header, sha256, sync_folder, write_json, write_safetensors)
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DISTRIBUTED = "shard-*-model-*.safetensors"  # of PyTorch's distributed checkpoints, a file for each rank
 IMPLIED = (".rotary_emb.inv_freq",)  # a buffer in old files; config.json says as much
 
 # ------------------------------------------------------------------------------------------------- Hugging Face folders
@@ -83,7 +84,8 @@ def save_model(folder, model: CausalLM, tokenizer=None, format: str = "auto") ->
 def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa",
                kernels: str = "torch", seq_len: int = 1, rope_scaling: str | None = None,
                mapped: bool = False) -> CausalLM:
-    """The model of a Hugging Face folder, single or sharded, of a family in model.FAMILIES; in eval mode.
+    """The model of a Hugging Face folder, of a family in model.FAMILIES; in eval mode. Its weights may lie in several
+    files, also of a distributed checkpoint of PyTorch's (in safetensors, see read_distributed).
 
     dtype: to convert to; None keeps the file's. seq_len, rope_scaling: see extend_context. Takes the memory of the
     model and, in passing, of one tensor; mapped=True leaves the weights in the file, to be read as they are used (but
@@ -108,13 +110,7 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
     config = extend_context(config, seq_len, rope_scaling)
     with torch.device("meta"):  # shapes only: the weights come from the file
         model = CausalLM(config)
-    entries = {}  # name -> where its numbers are
-    for file in _weight_files(folder):
-        header, _, start = read_safetensors_header(file)
-        if twice := header.keys() & entries.keys():
-            raise ValueError(f"{folder}: {min(twice)} stands in {file.name} and in {entries[min(twice)].path.name}")
-        entries |= {name: Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
-                    for name, entry in header.items() if not name.endswith(IMPLIED)}
+    entries = {name: entry for name, entry in _entries(folder).items() if not name.endswith(IMPLIED)}
     if quantization:
         rest = install(model, quantization, {name: entry.read() for name, entry in entries.items()}, quantize_model)
         entries = {name: entries[name] for name in rest}
@@ -128,7 +124,7 @@ def load_model(folder, *, dtype: torch.dtype | None = None, device="cpu", attent
         parts = [entries[part] for part in hf_names(name, p, config)]
         weight_dtype = dtype or parts[0].dtype
         whole = weight_dtype == parts[0].dtype and not config.num_experts and not quantization  # of codes there are copies
-        at_once = mapped or whole  # no memory is spent in passing
+        at_once = (mapped or whole) and isinstance(parts[0], Entry)  # no memory is spent in passing
         if at_once and p.dim() < 3 and str(device) == "cpu":
             maps[parts[0].path] = maps.get(parts[0].path) or read_safetensors(parts[0].path, mapped)
             weights[name] = maps[parts[0].path][hf_names(name, p, config)[0]].to(weight_dtype)
@@ -192,6 +188,23 @@ def grow_vocabulary(model: CausalLM, vocab_size: int) -> None:
         if name == "embed_tokens" and model.config.tie_word_embeddings:
             model.lm_head.weight = module.weight
     model.model.embed_tokens.num_embeddings = model.lm_head.out_features = model.config.vocab_size = vocab_size
+
+
+def _entries(folder: Path) -> dict[str, Entry | Boxes]:
+    """{name: where its numbers are}."""
+    entries = {}
+    if (shards := sorted(folder.glob(DISTRIBUTED))) and not (folder / "model.safetensors").is_file():
+        tensors, first = read_distributed(shards), "model.embed_tokens.weight"
+        root = next((name.removesuffix(first) for name in tensors if name.endswith(f".{first}")), "")  # of nested dicts
+        return {name.removeprefix(root): entry for name, entry in tensors.items()
+                if name.startswith((f"{root}model.", f"{root}lm_head."))}  # the optimizer stays out
+    for file in _weight_files(folder):
+        header, _, start = read_safetensors_header(file)
+        if twice := header.keys() & entries.keys():
+            raise ValueError(f"{folder}: {min(twice)} stands in {file.name} and in {entries[min(twice)].path.name}")
+        entries |= {name: Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+                    for name, entry in header.items()}
+    return entries
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -442,6 +455,12 @@ def find_checkpoint(path) -> Path:
         raise ValueError(f"{path}: no such folder")
     if any((path / name).is_file() for name in ("config.json", "manifest.json", "adapter_config.json")):
         return path
+    if any(path.glob(DISTRIBUTED)):
+        raise ValueError(f"{path}: a distributed checkpoint, of weights alone: put the model's config.json and its "
+                         "tokenizer into it")
+    if (path / ".metadata").is_file():
+        raise ValueError(f"{path}: a distributed checkpoint in pickle, which can run code and is not read: load it once "
+                         "where it was made and save it with torch.distributed.checkpoint's HuggingFaceStorageWriter")
     newest = latest(path)
     if newest is None:
         raise ValueError(f"{path}: neither a run with checkpoints nor a model: no `latest` and no config.json in it")

@@ -12,7 +12,7 @@ x[2i + 1]. Attention only sees q . k, which no common reordering changes, so it 
     half-split   0 1 2 3 | 4 5 6 7     <->     interleaved   0 4 1 5 2 6 3 7          (one head, D = 8)
 
 llama.cpp's `qwen2`, `qwen3` and `qwen3moe` pair as Hugging Face does. A sentencepiece model, llama2.c's tokenizer.bin
-and GGUF's `llama` tokenizer are one list too (see data/pieces.py).
+and GGUF's `llama` tokenizer are one list too (see data/pieces.py). Shards, our own or PyTorch's, are merged.
 """
 
 import dataclasses

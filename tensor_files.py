@@ -187,6 +187,53 @@ class Entry(NamedTuple):
         return raw if same or target is None else target.copy_(raw)
 
 
+class Boxes(NamedTuple):
+    """A tensor in several safetensors files, each of which holds a rectangle of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: list[tuple[tuple[int, ...], Entry]]  # where it starts in the tensor, and what it is
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def read(self, target: Tensor | None = None) -> Tensor:
+        target = torch.empty(self.shape, dtype=self.dtype) if target is None else target
+        for start, part in self.parts:
+            target[tuple(slice(a, a + n) for a, n in zip(start, part.shape))] = part.read()
+        return target
+
+
+def read_distributed(files: list[Path]) -> dict[str, Boxes]:
+    """The tensors that torch.distributed.checkpoint's HuggingFaceStorageWriter(save_distributed=True) wrote, a file for
+    each rank, whose header tells in DCP_SHARDING_INFO where its parts start. ValueError: it does not; a part is missing.
+    """
+    found: dict[str, list] = {}
+    for file in files:
+        header, metadata, begin = read_safetensors_header(file)
+        try:
+            places = json.loads(metadata["DCP_SHARDING_INFO"])
+            starts = {name: tuple(map(int, places[name]["saved_offsets"])) for name in header}
+            if any(min(starts[name], default=0) < 0 or len(starts[name]) != len(header[name]["shape"]) for name in header):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise ValueError(f"{file}: no DCP_SHARDING_INFO that tells where each of its tensors starts") from None
+        for name, entry in header.items():
+            offset = begin + entry["data_offsets"][0]
+            part = Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
+            found.setdefault(name, []).append((starts[name], part))
+    tensors = {}
+    for name, parts in found.items():
+        ends = [[a + n for a, n in zip(start, part.shape)] for start, part in parts]
+        alike = len({(part.dtype, len(start)) for start, part in parts}) == 1
+        shape = tuple(map(max, *ends)) if alike and len(parts) > 1 else tuple(ends[0])
+        if not alike or sum(math.prod(part.shape) for _, part in parts) != math.prod(shape):
+            raise ValueError(f"{files[0].parent}: {name} is cut in {len(parts)} parts that are not one tensor; is a file "
+                             "missing?")
+        tensors[name] = Boxes(parts[0][1].dtype, shape, parts)
+    return tensors
+
+
 def read_into(path, offset: int, target: Tensor) -> Tensor:
     """Fill a contiguous CPU tensor with a file's bytes, past the mapping, whose pages would be touched and copied."""
     with open(path, "rb", buffering=0) as file:

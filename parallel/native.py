@@ -17,6 +17,8 @@ FSDP2 cuts weights at every stage of ZeRO but 0; the stage decides how long they
 microbatches send what they should: 2, 2, k + 1 and 3 k times the weights. Sums are not divided by the ranks, as FSDP
 would: our loss is a sum / (count of all ranks). The optimizer, the norm and shards.py see no DTensors but `pieces`:
 the numbers of them that lie on this rank, as plain tensors in the same memory. Checkpoints so are ours, and no pickle.
+With PyTorch's own (DCP) they trade in safetensors: convert.py merges what its HuggingFaceStorageWriter has saved, and
+its HuggingFaceStorageReader loads our folders on any number of ranks.
 
     run = parallelize(model, mesh, optimizer_of, zero=2)       # as parallel/__init__.py, which calls this; same methods
 """
