@@ -97,7 +97,7 @@ class Args(parallel.Flags):  # those for many processes come first
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"  # 16 bits: by autocast
     attention: Literal["eager", "sdpa", "triton"] = "sdpa"  # eager is the readable one
     kernels: Literal["torch", "triton"] = "torch"  # the other fused operations
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the model; on many processes layer by layer
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations to save memory
     seed: int = 0  # of initial weights, data order, dropout and samples
     # reporting
@@ -226,8 +226,8 @@ def train(world, args: Args) -> None:
                            betas=(args.beta1, args.beta2))
     routers = partial(router_loss_share, config=model.config, tokens=args.global_batch_size * args.seq_len)
     if world.size > 1 or args.zero:
-        run = parallel.parallelize(model, mesh, optimizer_of, **args.options(), autocast=HALF.get(args.dtype),
-                                   own_loss=routers, device=device)
+        run = parallel.parallelize(model, mesh, optimizer_of, **args.options(), compile=args.compile,
+                                   autocast=HALF.get(args.dtype), own_loss=routers, device=device)
     optimizer = run.optimizer if run else optimizer_of(model.to(device).named_parameters())
     whole = None if run else model  # run has it in parts, and puts them together at the end
     loss_of = torch.compile(batch_loss) if args.compile else batch_loss

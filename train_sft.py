@@ -85,7 +85,7 @@ class Args(parallel.Flags):  # those for many processes come first
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"  # 16 bits: by autocast
     attention: Literal["eager", "sdpa", "triton"] = "sdpa"  # eager is the readable one
     kernels: Literal["torch", "triton"] = "torch"  # the other fused operations
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the model; on many processes layer by layer
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations to save memory
     seed: int = 0  # of data order, noise, dropout and samples
     # reporting
@@ -223,9 +223,9 @@ def train(world, args: Args) -> None:
     update_tokens = args.global_batch_size * args.seq_len  # trained or not
     routers = partial(router_loss_share, config=model.config, tokens=update_tokens)
     if world.size > 1 or args.zero:
-        run = parallel.parallelize(model, mesh, optimizer_of, **args.options(), autocast=HALF.get(args.dtype),
-                                   own_loss=routers, weigh=partial(weigh, prompt_weight=args.prompt_loss_weight),
-                                   device=device)
+        run = parallel.parallelize(model, mesh, optimizer_of, **args.options(), compile=args.compile,
+                                   autocast=HALF.get(args.dtype), own_loss=routers, device=device,
+                                   weigh=partial(weigh, prompt_weight=args.prompt_loss_weight))
     optimizer = run.optimizer if run else optimizer_of(model.to(device).named_parameters())
     if args.neftune_alpha:  # after tensor parallelism's own hooks, which put the embedding together
         model.model.embed_tokens.register_forward_hook(neftune(args.neftune_alpha, args.seq_len, mesh.rank("tp")))

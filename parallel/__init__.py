@@ -9,12 +9,13 @@
         if norm.isfinite(): run.step()                            # the same on all ranks
         run.zero_grad()
 
-1. tensor parallel     cuts matrices; the loss then takes slices of the vocabulary
-2. context parallel    lets attention see the other ranks' part of the sequence
-3. expert parallel     shares out experts
-4. pipeline            takes out the layers of other stages: after this the model has holes, before it none is missed
-5. optimizer           over what is left on this rank
-6. data parallel       DDP, ZeRO-1 or 2, or ZeRO-3, around what the others have made of the parameters
+1. compile             each layer by itself, inside of the hooks by which ZeRO-3 gathers its weights
+2. tensor parallel     cuts matrices; the loss then takes slices of the vocabulary
+3. context parallel    lets attention see the other ranks' part of the sequence
+4. expert parallel     shares out experts
+5. pipeline            takes out the layers of other stages: after this the model has holes, before it none is missed
+6. optimizer           over what is left on this rank
+7. data parallel       DDP, ZeRO-1 or 2, or ZeRO-3, around what the others have made of the parameters
 
 All ranks build the whole model first, alike; a mesh of one process leaves it as it is. Imports are late, as the files
 of this folder do not know each other.
@@ -50,7 +51,7 @@ class Flags:
 
 def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = False, sequence_parallel: bool = False,
                 cp_method: str = "zigzag", pp_schedule: str = "1f1b", pp_chunks: int = 2, engine: str = "scratch",
-                autocast=None, own_loss=None, weigh=None, device=None):
+                compile: bool = False, autocast=None, own_loss=None, weigh=None, device=None):
     """Cut a CausalLM for this rank of the mesh -> Run. ValueError, before anything is cut: what does not go together.
 
     autocast: a dtype for forward, None for the parameters' own. own_loss(stage) -> scalar or None, asked for after a
@@ -65,6 +66,8 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
 
     pp, data = mesh.size("pp"), mesh.group("dp", "cp")
     chunks = pp_chunks if pp_schedule == "interleaved" and pp > 1 else 1
+    if compile:
+        compile_layers(model)
     if engine == "torch":
         from parallel import native
         return native.parallelize(model, mesh, optimizer_of, zero=zero, offload=offload, pp_chunks=chunks,
@@ -122,6 +125,18 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
                weigh)
 
 
+def compile_layers(model) -> None:
+    """Replace each layer's forward by compiled code, the same for all layers that are alike. Not the whole module: so
+    its hooks stay outside. Without gradients the layer runs as it was: each new shape would be compiled anew."""
+    import torch
+
+    def either(plain, compiled):
+        return lambda *arguments: (compiled if torch.is_grad_enabled() else plain)(*arguments)
+
+    for layer in model.model.layers:
+        layer.forward = either(layer.forward, torch.compile(layer.forward))
+
+
 def mesh_of(flags: Flags):
     from parallel.mesh import Mesh
     return Mesh(flags.dp or None, flags.pp, flags.cp, flags.tp, flags.ep)
@@ -141,6 +156,7 @@ def check(args: Flags, world: int, without: tuple[str, ...] = ()) -> None:
     dp, G, b = sizes["edp"] * sizes["ep"], args.global_batch_size, args.micro_batch_size
     whole = args.optimizer not in ("adamw", "lion")  # looks at whole matrices
     adapters = getattr(args, "lora_r", 0)
+    layers = (world > 1 or args.zero) and getattr(args, "compile", False)  # are compiled one by one
     for name, wrong, rule in (
             *((flag, getattr(args, flag) != getattr(Flags, flag), "this stage does not take it") for flag in without),
             ("engine", args.engine == "torch" and world < 2, "needs processes: torchrun --nproc_per_node N starts N"),
@@ -155,8 +171,12 @@ def check(args: Flags, world: int, without: tuple[str, ...] = ()) -> None:
             ("global_batch_size", G % dp, f"no multiple of the {dp} data-parallel ranks"),
             ("seq_len", args.cp > 1 and args.seq_len % (2 * args.cp), f"no multiple of 2 x --cp, {2 * args.cp}"),
             ("seq_len", args.sequence_parallel and args.seq_len // args.cp % args.tp, f"no multiple of --tp {args.tp}"),
-            ("compile", (world > 1 or args.zero) and getattr(args, "compile", False), "is for one process without "
-             "ZeRO"),
+            ("compile", layers and args.cp * args.ep > 1, "stops at each message of --cp and --ep: take --dp, --zero, "
+             "--tp or --pp"),
+            ("compile", layers and args.pp > 1 and args.pp_schedule == "zb", "joins what --pp_schedule zb takes apart: "
+             "take gpipe, 1f1b or interleaved"),
+            ("compile", layers and args.activation_checkpointing == "selective", "hides from --activation_checkpointing "
+             "what it should select: take none or full"),
             ("pp_chunks", args.pp_chunks < 2 and args.pp_schedule == "interleaved", "interleaving takes 2 or more")):
         if wrong:
             raise ValueError(f"--{name} {getattr(args, name)}: {rule}")

@@ -42,6 +42,7 @@ def check(args, dp: int) -> None:
         (whole and args.zero, f"cuts matrices under --zero, and {args.optimizer} needs them whole"),
         (args.tp > 1 and getattr(args, "attention_dropout", 0), "would drop alike on all ranks of --tp"),
         (args.tp > 1 and args.kernels != "torch", "gives DTensors to --kernels triton under --tp"),
+        (args.tp > 1 and getattr(args, "compile", False), "gives DTensors to --compile under --tp"),
         (args.pp > 1 and args.zero > 1, "keeps gradients whole till the last microbatch under --pp: take --zero 1"),
         (args.pp > 1 and rows % b, f"takes equal microbatches under --pp: {b} does not divide a rank's {rows} rows"),
         (args.pp > 1 and m < args.pp, f"takes at least --pp {args.pp} microbatches, not {m}"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,19 @@ def as_rank(world: int, stage: str, settings: dict) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")
     module = importlib.import_module(stage)
     module.train(world, module.parse(module.Args, argv=flags(settings)))
+
+
+def compiled(world, function, *args):
+    """A job of processes.py with torch.compile's graphs, but not its code generator, which takes a minute -> (result, graphs, breaks)."""
+    import torch._dynamo
+    real, counters = torch.compile, torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compile = partial(real, backend="aot_eager")
+    try:
+        return function(world, *args), counters["stats"]["unique_graphs"], list(counters["graph_break"])
+    finally:
+        torch.compile = real
 
 
 def assert_close_logs(run, truth, tolerance: float = 1e-9) -> None:

@@ -62,6 +62,13 @@ def test_every_axis_leaves_the_log_of_one_process(folder, alone, world, flags, r
     assert_close_weights(run, alone)
 
 
+def test_compiled_layers_leave_the_log_of_one_process(folder, alone):
+    settings = settings_of(folder, "compiled", zero=2, compile=True)
+    assert run_on(2, stages.compiled, stages.as_rank, "train_pretrain", settings, timeout=120) == [(None, 1, [])] * 2
+    assert_close_logs(settings["out"], alone)
+    assert_close_weights(settings["out"], alone)
+
+
 def test_one_process_with_zero_3_offloaded(folder, alone):
     assert_close_logs(run_stage(train_pretrain.main, settings_of(folder, "offloaded", zero=3, offload=True)), alone)
 

@@ -16,7 +16,7 @@ from data.loader import eval_batches
 from data.tokenizer import BPETokenizer
 from model import CausalLM, ModelConfig
 from processes import run_on
-from stages import run_stage
+from stages import compiled, run_stage
 
 SETTINGS = {"seq_len": 48, "global_batch_size": 8, "micro_batch_size": 1, "max_steps": 3, "warmup_steps": 1,
             "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 0, "sample_tokens": 3, "device": "cpu",
@@ -170,9 +170,55 @@ def test_resumed_at_other_layouts_as_if_undisturbed(folder):
     assert_same(folder / "moved", truth)
 
 
-# ---- adapters
+# ---- compiled
 
 LORA = dict(lora_r=4, lr=1e-2, eval_every=0, schedule="constant", warmup_steps=0)
+
+
+@pytest.mark.parametrize("world, layout, flags", [
+    (2, dict(activation_checkpointing="full"), dict(prompt_loss_weight=0.3)), (4, dict(zero=3), LORA),
+    (4, dict(tp=2, zero=2, sequence_parallel=True), dict(data="long")), (2, dict(pp=2), dict(data="long")),
+    (4, dict(zero=3, offload=True), dict(prompt_loss_weight=0.3)), (2, dict(engine="torch", pp=2), dict(data="long")),
+    (2, dict(engine="torch", zero=3, activation_checkpointing="full"), dict(prompt_loss_weight=0.3))], ids=str)
+def test_compiled_layers_leave_the_log_and_the_weights_of_one_process(folder, alone, world, layout, flags):
+    """One graph serves all layers, unbroken by what gathers their weights and sums their gradients."""
+    settings = settings_of(folder, f"compiled {world} {layout} {len(flags)}", **flags, **layout, compile=True)
+    ranks = run_on(world, compiled, stages.as_rank, "train_sft", settings, timeout=120)
+    assert ranks == [(None, 1, [])] * world
+    assert_same(settings["out"], alone(**flags), f"{'adapter_' if 'lora_r' in flags else ''}model.safetensors")
+
+
+def kept_for_backward(world, folder, compile) -> tuple[int, int]:
+    """Bytes that a microbatch keeps beside the units' gathered weights, and how many tensors are views of those."""
+    import parallel
+    from optim import build_optimizer
+    from parallel.mesh import Mesh
+    mesh, beside, within = Mesh(), {}, []
+    run = parallel.parallelize(checkpoint.load_model(folder / "base", dtype=torch.float64).train(), mesh,
+                               partial(build_optimizer, "adamw", lr=0.1, weight_decay=0.0), zero=3, compile=compile)
+    gathered = {unit.flat.untyped_storage()._cdata for unit in run.sync.units}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage._cdata in gathered:
+            within.append(x)
+        else:
+            beside[storage._cdata] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        ids = torch.arange(96).view(2, 48)
+        run.backward([(ids, ids, None)], 96)
+    return sum(beside.values()), len(within)
+
+
+def test_compiled_layers_keep_no_copy_of_weights_that_zero_3_frees(folder):
+    (plain, views), ((fused, same), _, _) = (run_on(2, *job)[0] for job in (
+        (kept_for_backward, folder, False), (compiled, kept_for_backward, folder, True)))
+    assert views == same > 4 * 7 and fused <= plain
+
+
+# ---- adapters
 
 
 @pytest.mark.parametrize("world, flags", [(2, dict(load_in="nf4", zero=1)), (4, dict(zero=3)), (4, dict(cp=2))], ids=str)
@@ -226,6 +272,10 @@ def test_what_one_process_cannot_do_is_one_line(folder, flags, line):
     (dict(lora_r=4, pp=2, pp_schedule="interleaved", pp_chunks=2), "--pp 2: cuts or moves layers"),
     (dict(lora_r=4, ep=2), "--ep 2: cuts or moves layers"),
     (dict(lora_r=4, engine="torch"), "--engine torch has no adapters: leave out --lora_r"),
+    (dict(compile=True, cp=2), "--compile True: stops at each message of --cp and --ep: take --dp, --zero, --tp or --pp"),
+    (dict(compile=True, pp=2, pp_schedule="zb"), "--compile True: joins what --pp_schedule zb takes apart: take gpipe"),
+    (dict(compile=True, zero=1, activation_checkpointing="selective"), "hides from --activation_checkpointing what it"),
+    (dict(compile=True, tp=2, engine="torch"), "--engine torch gives DTensors to --compile under --tp"),
     (dict(pp=2, micro_batch_size=3, engine="torch"), "takes equal microbatches under --pp: 3 does not divide a rank's 8"),
     (dict(global_batch_size=7), "--global_batch_size 7: no multiple of the 2 data-parallel ranks"),
     (dict(cp=2, cp_method="ring", seq_len=46), "--seq_len 46: no multiple of 2 x --cp, 4"),
