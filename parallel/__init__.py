@@ -68,24 +68,25 @@ def parallelize(model, mesh, optimizer_of, *, zero: int = 0, offload: bool = Fal
     chunks = pp_chunks if pp_schedule == "interleaved" and pp > 1 else 1
     if compile:
         compile_layers(model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if optimizer_of is None and zero < 3:  # there is no state to divide
+        zero, offload = 0, False
     if engine == "torch":
-        from parallel import native
-        return native.parallelize(model, mesh, optimizer_of, zero=zero, offload=offload, pp_chunks=chunks,
-                                  sequence_parallel=sequence_parallel, pp_schedule=pp_schedule, autocast=autocast,
-                                  weigh=weigh, device=device)
+        from parallel.native import stages_of
+        from parallel.native_run import Native
+        stages = stages_of(model, mesh, zero=zero, offload=offload, sequence_parallel=sequence_parallel, chunks=chunks,
+                           dtype=autocast, device=device)
+        return Native(mesh, stages, shapes, optimizer_of, zero, (pp_schedule, chunks), autocast, weigh, device)
     if zero == 3 and pp > 1:
         raise ValueError("--zero 3 would gather every layer for each microbatch of a pipeline: take --zero 1 with --pp")
     if zero == 3 and mesh.size("ep") > 1:
         raise ValueError("--zero 3 gathers whole layers, --ep has cut them: take --zero 1 or 2 with --ep")
     if offload and not zero:
         raise ValueError("--offload moves ZeRO's part of the state: it needs --zero 1, 2 or 3")
-    if optimizer_of is None and zero < 3:  # there is no state to divide
-        zero, offload = 0, False
     if pp * chunks > model.config.num_hidden_layers:
         layers = model.config.num_hidden_layers
         raise ValueError(f"--pp {pp} with {chunks} chunks makes {pp * chunks} stages of {layers} layers; at most "
                          f"{layers // chunks} would do")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tensor_parallel(model, mesh.group("tp"), sequence_parallel)
     context_parallel(model, mesh.group("cp"), cp_method)
     expert_parallel(model, mesh.group("ep"))
