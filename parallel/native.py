@@ -191,7 +191,8 @@ class Stage(nn.Module):
             return y
         y = y.to(torch.promote_types(y.dtype, torch.float32))  # (B, S, V); under tp a DTensor, cut along V
         nats = F.cross_entropy(y.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        return (nats.to_local() if hasattr(nats, "to_local") else nats).view_as(targets)
+        nats = nats.to_local() if hasattr(nats, "to_local") else nats
+        return nats.view_as(targets).clone()  # FSDP warns of views: the hook that begins backward could be lost
 
     def between(self, ids: Tensor, dtype: torch.dtype, device) -> Tensor:
         """Memory for the activations of tokens (B, S) that come from the stage before; sequence parallel has 1/tp."""
