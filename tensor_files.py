@@ -198,6 +198,7 @@ class Boxes(NamedTuple):
         return self.dtype.is_floating_point
 
     def read(self, target: Tensor | None = None) -> Tensor:
+        """The numbers, joined; in `target`, converted to it, if there is one."""
         target = torch.empty(self.shape, dtype=self.dtype) if target is None else target
         for start, part in self.parts:
             target[tuple(slice(a, a + n) for a, n in zip(start, part.shape))] = part.read()
@@ -216,7 +217,7 @@ def read_distributed(files: list[Path]) -> dict[str, Boxes]:
             starts = {name: tuple(map(int, places[name]["saved_offsets"])) for name in header}
             if any(min(starts[name], default=0) < 0 or len(starts[name]) != len(header[name]["shape"]) for name in header):
                 raise ValueError
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             raise ValueError(f"{file}: no DCP_SHARDING_INFO that tells where each of its tensors starts") from None
         for name, entry in header.items():
             offset = begin + entry["data_offsets"][0]
@@ -226,12 +227,21 @@ def read_distributed(files: list[Path]) -> dict[str, Boxes]:
     for name, parts in found.items():
         ends = [[a + n for a, n in zip(start, part.shape)] for start, part in parts]
         alike = len({(part.dtype, len(start)) for start, part in parts}) == 1
-        shape = tuple(map(max, *ends)) if alike and len(parts) > 1 else tuple(ends[0])
-        if not alike or sum(math.prod(part.shape) for _, part in parts) != math.prod(shape):
+        if not alike or not tiled(parts, shape := tuple(map(max, zip(*ends)))):
             raise ValueError(f"{files[0].parent}: {name} is cut in {len(parts)} parts that are not one tensor; is a file "
                              "missing?")
         tensors[name] = Boxes(parts[0][1].dtype, shape, parts)
     return tensors
+
+
+def tiled(parts: list, shape: tuple[int, ...]) -> bool:
+    """Whether the parts cover all of the shape, and nothing twice."""
+    cuts = [sorted({0, n, *(start[d] for start, _ in parts), *(start[d] + part.shape[d] for start, part in parts)})
+            for d, n in enumerate(shape)]  # along each dimension: between two of them nobody begins or ends
+    cells = torch.zeros([len(along) - 1 for along in cuts], dtype=torch.int32)
+    for start, part in parts:
+        cells[tuple(slice(along.index(a), along.index(a + n)) for along, a, n in zip(cuts, start, part.shape))] += 1
+    return bool((cells == 1).all())
 
 
 def read_into(path, offset: int, target: Tensor) -> Tensor:

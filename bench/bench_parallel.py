@@ -143,10 +143,8 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    context = torch.multiprocessing.spawn(work, (args.ranks, port, args, answers), nprocs=args.ranks, join=False)
+    torch.multiprocessing.spawn(work, (args.ranks, port, args, answers), nprocs=args.ranks)
     rows = answers.get()
-    while not context.join():
-        pass
     of = {row["way"]: row for row in rows}
     slow = [name for name in of if "slow link" in name]
     for slower, faster in (("all-reduce per parameter", "buckets (DDP)"), ("one flat all-reduce", "buckets (DDP)"), slow):

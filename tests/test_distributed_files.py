@@ -75,13 +75,31 @@ def test_what_is_not_whole_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=line):  # without the last rows it is a whole tensor, but a shorter one
             checkpoint.load_model(tmp_path)
         files[missing].write_bytes(kept[missing])
-    for places in ("nonsense", "{}", json.dumps(dict.fromkeys(checkpoint.hf_tensors(model), {"saved_offsets": [-1, 0]}))):
-        write_safetensors(files[2], {"model.embed_tokens.weight": torch.ones(1, 16)}, {"DCP_SHARDING_INFO": places})
+    for places in ("nonsense", "{}", '{"w": {"saved_offsets": [Infinity, 0]}}', '{"w": {"saved_offsets": [-1, 0]}}'):
+        write_safetensors(files[2], {"w": torch.ones(1, 16)}, {"DCP_SHARDING_INFO": places})
         with pytest.raises(ValueError, match="shard-00003.*: no DCP_SHARDING_INFO that tells where each"):
             checkpoint.load_model(tmp_path)
     write_parts(tmp_path, [{"w": ([0], torch.ones(2))}, {"w": ([2, 0], torch.ones(1, 1))}])
     with pytest.raises(ValueError, match="w is cut in 2 parts that are not one tensor"):
         read_distributed(files[:2])
+
+
+@pytest.mark.parametrize("whole, parts", [
+    (True, {(0, 0): (2, 3), (2, 0): (1, 3)}), (True, {(0, 0): (2, 1), (0, 1): (1, 2), (1, 1): (2, 2), (2, 0): (1, 1)}),
+    (True, {(): ()}), (True, {(0, 0): (0, 4)}),
+    (False, {(0,): (2,), (1,): (2,), (4,): (1,)}),  # five numbers of five, but one twice and one never
+    (False, {(0, 0): (2, 2), (2, 2): (2, 2)}), (False, {(1,): (3,)})], ids=str)
+def test_parts_must_cover_a_tensor_and_nothing_twice(tmp_path, whole, parts):
+    write_parts(tmp_path, [{"w": (list(start), torch.full(shape, k + 1.0))}
+                           for k, (start, shape) in enumerate(parts.items())])
+    files = sorted(tmp_path.iterdir())
+    if whole:
+        found = read_distributed(files)["w"].read()
+        assert all((found[tuple(slice(a, a + n) for a, n in zip(start, shape))] == k + 1).all()
+                   for k, (start, shape) in enumerate(parts.items()))
+    else:
+        with pytest.raises(ValueError, match="w is cut in . parts that are not one tensor"):
+            read_distributed(files)
 
 
 def test_a_config_is_asked_for_and_pickle_is_refused(tmp_path):
