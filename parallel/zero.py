@@ -39,6 +39,11 @@ def is_whole(optimizer, group: dict) -> bool:
     return group["use_muon"] if name == "Muon" else name not in ELEMENTWISE
 
 
+def is_tied(p: Tensor) -> bool:
+    """Whether another pipeline stage has a copy of it."""
+    return "tied" in getattr(p, "placement", {})
+
+
 def named(name: str, before: str):
     """torch.distributed's function of that name, or of the one that it had before torch 2.13."""
     return getattr(dist, name, None) or getattr(dist, before)
@@ -174,7 +179,6 @@ class Zero:
         self.hooks, self.active, self.next = [], False, 0
         group_of = group if callable(group) else lambda p: group
         axes_of = axes if callable(axes) else lambda p: axes
-        is_tied = lambda p: "tied" in getattr(p, "placement", {})  # noqa: E731
         whole, cut = ([p for settings in optimizer.param_groups if is_whole(optimizer, settings) is kind
                        for p in settings["params"]] for kind in (True, False))
         owner, load = {}, {}  # id of a whole parameter -> its owner; group -> weights that each rank owns
